@@ -1,0 +1,227 @@
+"""
+Edit a clip by an instruction:
+
+    python examples/edit_video.py clip.mp4 "make the video black and white" --output edited.mp4
+
+The result has the clip's frame count, rate, size and sound. Without VIDEO and PROMPT the demo clip, whose true edit is
+known, is edited with the embedded checkpoint into out/demo/.
+"""
+
+import argparse
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
+from rvedit_diffusers.clips import resize_frames
+from rvedit_diffusers.synthetic import demo_item
+from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, write_video
+
+
+DEMO_FOLDER = Path("out/demo")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def count(text: str) -> int:
+    value = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
+    return value
+
+
+def seed(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more, of at most 18 digits")
+    return int(text)
+
+
+def scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return value
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change")
+    parser.add_argument(
+        "--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline; default: the embedded checkpoint"
+    )
+    parser.add_argument("--lora", help="folder, file or Hub id of LoRA weights to add")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"file to write ({', '.join(VIDEO_SUFFIXES)}); default: ./<VIDEO's name>_edited.mp4",
+    )
+    parser.add_argument("--compare", type=Path, help="also write a .png with frames of source and result over time")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise; default: 0")
+    parser.add_argument("--num_inference_steps", type=count, help="denoising steps; default: the model's own")
+    parser.add_argument("--guidance_scale", type=scale, help="strength of the instruction; default: the model's own")
+    parser.add_argument(
+        "--source_guidance_scale", type=scale, help="strength of the source clip; default: the model's own"
+    )
+    parser.add_argument("--negative_prompt", help="what to be guided away from")
+    parser.add_argument(
+        "--num_frames",
+        type=count,
+        default=81,
+        help="edit at most so many frames, from the first; sound is cut with them; default: 81",
+    )
+    parser.add_argument("--height", type=count, help="height to edit at, in pixels; the result has the source's size")
+    parser.add_argument("--width", type=count, help="width to edit at, likewise")
+    parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
+    return parser
+
+
+def check_files(parser: Parser, output: Path | None, compare: Path | None) -> None:
+    for option, path, suffixes in (("--output", output, VIDEO_SUFFIXES), ("--compare", compare, (".png",))):
+        if path is None:
+            continue
+        if path.suffix.lower() not in suffixes:
+            parser.error(f"{option} {path}: must end in {' or '.join(suffixes)}")
+        if not path.parent.is_dir():
+            parser.error(f"{option} {path}: there is no folder {path.parent}")
+        if path.is_dir():
+            parser.error(f"{option} {path}: is a folder")
+
+
+def choose_device(parser: Parser, name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's answer to a device that this build or machine lacks
+        parser.error(f"--device {name}: {first_line(error)}")
+    return device
+
+
+def is_local(parser: Parser, option: str, name: str) -> bool:
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        parser.error(f"{option} {name}: there is no such file or folder")
+    return Path(name).exists()
+
+
+def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
+    device = choose_device(parser, args.device)
+    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    if is_local(parser, "--model", args.model):
+        if not (Path(args.model) / "model_index.json").is_file():
+            parser.error(f"--model {args.model}: is not a pipeline, it has no model_index.json")
+    else:
+        diffusers.utils.logging.set_verbosity_error()  # warns in its own words of a Hub that cannot be reached
+    if args.lora is not None:
+        is_local(parser, "--lora", args.lora)
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # A folder or a download that is not what it should be fails in as many ways as there are file formats in it.
+    try:
+        pipe = RVEDiTPipeline.from_pretrained(args.model, dtype=dtype).to(device)
+    except Exception as error:
+        parser.error(f"--model {args.model}: cannot be loaded: {first_line(error)}")
+    if args.lora is not None:
+        try:
+            pipe.load_lora_weights(args.lora)
+        except Exception as error:
+            parser.error(f"--lora {args.lora}: cannot be loaded: {first_line(error)}")
+    return pipe
+
+
+def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames, prompt: str):
+    try:
+        output = pipe(
+            frames,
+            prompt,
+            negative_prompt=args.negative_prompt,
+            height=args.height,
+            width=args.width,
+            num_inference_steps=args.num_inference_steps,
+            guidance_scale=args.guidance_scale,
+            source_guidance_scale=args.source_guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(args.seed),
+            output_type="pt",
+        )
+    except ValueError as error:  # a size that the model cannot take, say; raised before any model runs
+        parser.error(str(error))
+    result = resize_frames(output.frames[0].float(), frames.shape[1:3]).clamp(0, 1)
+    return result.permute(0, 2, 3, 1).cpu().numpy()  # (frames, height, width, 3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if (args.video is None) != (args.prompt is None):
+        parser.error("PROMPT is missing")
+    if args.prompt is not None and not args.prompt.strip():
+        parser.error("PROMPT is empty")
+
+    # 1. The clip, and all that can be wrong before a model is loaded
+    if args.video is None:
+        if args.output is not None or args.compare is not None:
+            parser.error(f"--output and --compare need VIDEO and PROMPT; the demo writes to {DEMO_FOLDER}")
+        item = demo_item()
+        prompt, fps, frames = item.instruction, item.fps, item.source[: args.num_frames]
+        print(f'demo clip: "{prompt}"')
+    else:
+        args.output = args.output or Path(f"{Path(args.video).stem}_edited.mp4")
+        check_files(parser, args.output, args.compare)
+        try:
+            clip = read_video(args.video, max_frames=args.num_frames + 1)
+        except (FileNotFoundError, ValueError) as error:
+            parser.error(str(error).replace("`path`", "VIDEO"))
+        prompt, fps, frames = args.prompt, clip.fps, clip.frames[: args.num_frames]
+    pipe = load_pipeline(parser, args)
+
+    # 2. The edit
+    started = time.perf_counter()
+    edited = edit(parser, args, pipe, frames, prompt)
+    seconds = time.perf_counter() - started
+
+    # 3. The files
+    try:
+        if args.video is None:
+            DEMO_FOLDER.mkdir(parents=True, exist_ok=True)
+            written = [DEMO_FOLDER / name for name in ("source.mp4", "edited.mp4", "compare.png")]
+            write_video(written[0], frames, fps)
+            write_video(written[1], edited, fps)
+            write_strip(written[2], {"source": frames, "edited": edited, "true edit": item.target[: args.num_frames]})
+        else:
+            written = [args.output]
+            write_video(args.output, edited, fps, audio_from=clip.path, audio_start=clip.start_time)
+            if args.compare is not None:
+                written.append(args.compare)
+                write_strip(args.compare, {"source": frames, "edited": edited})
+    except (OSError, ValueError) as error:
+        parser.error(f"the result cannot be written: {first_line(error)}")
+    if args.video is not None and clip.num_frames > args.num_frames:
+        print(f"the clip is longer: edited its first {args.num_frames} frames (--num_frames)")
+    for path in written:
+        print(f"wrote {path}")
+    height, width = frames.shape[1:3]
+    print(f"edited {len(frames)} frames of {width}x{height} in {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

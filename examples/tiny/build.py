@@ -1,0 +1,80 @@
+"""Put the embedded checkpoint's parts together: trained VAE and MLLM, untrained editor.
+
+    python examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
+from rvedit_diffusers.synthetic import SyntheticEdits
+from rvedit_diffusers.tiny import build_text_tokenizer
+
+
+TEXT_WIDTH = 96
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae", type=Path, required=True, help="folder of train_vae.py's VAE")
+    parser.add_argument("--mllm", type=Path, required=True, help="output folder of train_mllm.py")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKLWan.from_pretrained(args.vae)
+    distiller = RVEDiTTokenDistiller.from_pretrained(args.mllm / "distiller")
+    edits = SyntheticEdits(args.seed + 10)
+    tokenizer = build_text_tokenizer([edits[index].instruction for index in range(2000)], model_max_length=24)
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=TEXT_WIDTH,
+            d_kv=24,
+            d_ff=2 * TEXT_WIDTH,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+        )
+    )
+    num_heads = 4
+    transformer = RVEDiTTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=num_heads,
+        attention_head_dim=distiller.config.dim // num_heads,
+        in_channels=vae.config.z_dim,
+        source_channels=vae.config.z_dim,
+        out_channels=vae.config.z_dim,
+        text_dim=TEXT_WIDTH,
+        freq_dim=128,
+        ffn_dim=3 * distiller.config.dim,
+        num_layers=6,
+        rope_max_seq_len=256,
+    )
+    # the velocity starts at zero
+    torch.nn.init.zeros_(transformer.proj_out.weight)
+    pipe = RVEDiTPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        processor=RVEDiTProcessor.from_pretrained(args.mllm / "processor"),
+        mllm=Qwen2_5_VLForConditionalGeneration.from_pretrained(args.mllm / "mllm"),
+        distiller=distiller,
+        vae=vae,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        default_num_inference_steps=12,
+        default_guidance_scale=2.0,
+    )
+    pipe.save_pretrained(args.output)
+    for name, component in pipe.components.items():
+        if isinstance(component, torch.nn.Module):
+            print(f"{name:12s} {sum(p.numel() for p in component.parameters()) / 1e6:6.2f} M parameters")
+
+
+if __name__ == "__main__":
+    main()

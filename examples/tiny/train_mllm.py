@@ -1,0 +1,265 @@
+"""Pretrain the small Qwen2.5-VL of the embedded checkpoint on questions about scenes with exact answers, resumably.
+
+A released MLLM understands clips and instructions before it is ever used for editing; a tiny one made from its
+configuration has to be taught. The questions: what is in each cell, which cells change, which operation, which object,
+which value. The
+heads that answer them are thrown away; the model, the queries in its editing slots and the processor are kept.
+
+    python examples/tiny/train_mllm.py --output runs/mllm
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from rvedit_diffusers import RVEDiTProcessor, RVEDiTTokenDistiller
+from rvedit_diffusers.synthetic import COLOURS, GRADES, OPERATIONS, SHAPES, TEST_PHOTOS, Edit, Scene, SyntheticEdits
+from rvedit_diffusers.synthetic.scenes import coverage
+from rvedit_diffusers.tiny import save_tiny_mllm
+from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
+
+
+NUM_FRAMES = 6  # what the MLLM sees of a clip
+MLLM_CONFIG = {
+    "hidden_size": 128,
+    "num_layers": 4,
+    "num_heads": 2,
+    "intermediate_size": 384,
+    "vision_hidden_size": 128,
+    "vision_depth": 1,
+    "vision_num_heads": 2,
+    "vision_intermediate_size": 256,
+    "patch_size": 4,
+    "initializer_range": 0.04,
+}
+PROCESSOR_CONFIG = {"num_edit_tokens": 16, "max_frames": NUM_FRAMES, "max_pixels": 64 * 64, "min_pixels": 32 * 32}
+TOKEN_WIDTH = 256  # of the editor that the connectors are made for
+QUESTIONS = {
+    "operation": len(OPERATIONS),
+    "grade": len(GRADES),
+    "colour": len(COLOURS),
+    "shape": len(SHAPES),
+    "object_colour": len(COLOURS),
+    "object_shape": len(SHAPES),
+}
+CELL_QUESTIONS = {
+    "changes": 1,
+    "operation": len(OPERATIONS),
+    "colour": len(COLOURS),
+    "shape": len(SHAPES),
+    "seen_colour": len(COLOURS) + 1,
+    "seen_shape": len(SHAPES) + 1,
+}
+NO_ANSWER = -100
+
+
+class AnswerHeads(nn.Module):
+    """Reads the answers off the MLLM's states: per clip from the editing slots, per cell from the visual tokens."""
+
+    def __init__(self, hidden_size: int, num_edit_tokens: int):
+        super().__init__()
+        self.clip = nn.ModuleDict({k: nn.Linear(hidden_size * num_edit_tokens, n) for k, n in QUESTIONS.items()})
+        self.place = nn.Linear(hidden_size * num_edit_tokens, NUM_FRAMES // 2 * 2)
+        self.cell = nn.Linear(hidden_size, sum(CELL_QUESTIONS.values()))
+
+    def forward(self, edit_states: torch.Tensor, visual_states: torch.Tensor):
+        flat = edit_states.flatten(1)
+        return {k: head(flat) for k, head in self.clip.items()}, self.place(flat), self.cell(visual_states)
+
+
+def answers(edit: Edit) -> dict[str, int]:
+    """Class index of every question, `NO_ANSWER` where it does not apply."""
+    given = dict.fromkeys(QUESTIONS, NO_ANSWER) | {"operation": OPERATIONS.index(edit.operation)}
+    if edit.operation == "grade":
+        return given | {"grade": GRADES.index(edit.value[0])}
+    thing, colours = edit.scene.objects[edit.target], list(COLOURS)
+    given |= {"object_colour": colours.index(thing.colour), "object_shape": SHAPES.index(thing.shape)}
+    if edit.value:
+        given["colour"] = colours.index(edit.value[0])
+    if len(edit.value) > 1:
+        given["shape"] = SHAPES.index(edit.value[1])
+    return given
+
+
+def seen_in_cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
+    """Colour and shape of what covers most of each cell, `(frames / 2 * 8 * 8,)`; the last class is the background."""
+    shares = []
+    for index in range(len(scene.objects)):
+        alpha = coverage(scene, index)
+        shares = [share * (1 - alpha) for share in shares] + [alpha]
+    shares = np.stack(shares).reshape(len(shares), NUM_FRAMES // 2, 2, 8, 8, 8, 8).mean((2, 4, 6)).reshape(len(shares), -1)
+    winner, empty = shares.argmax(0), shares.max(0) < 0.25
+    colours = np.array([list(COLOURS).index(thing.colour) for thing in scene.objects])
+    shapes = np.array([SHAPES.index(thing.shape) for thing in scene.objects])
+    return np.where(empty, len(COLOURS), colours[winner]), np.where(empty, len(SHAPES), shapes[winner])
+
+
+def make_batch(edits: SyntheticEdits, indices: range, references: bool) -> dict[str, object]:
+    """Clips, instructions and answers. With `references`, every fourth clip shows the result of its edit."""
+    items = [edits[index] for index in indices]
+    shows_result = [references and index % 4 == 3 for index in indices]
+    clips = [e.target_frames if result else e.source_frames for e, result in zip(items, shows_result, strict=True)]
+    masks = torch.from_numpy(np.stack([e.mask for e in items])).float()  # (batch, frames, height, width)
+    cells = F.avg_pool3d(masks[:, None], (2, 8, 8))[:, 0]  # (batch, frames / 2, 8, 8)
+    places = [
+        np.zeros((NUM_FRAMES // 2, 2)) if e.target is None else np.array(e.scene.objects[e.target].path).reshape(-1, 2, 2).mean(1)
+        for e in items
+    ]
+    given = [answers(e) for e in items]
+    # what was removed cannot be seen in the result
+    knowable = [not (result and e.operation == "remove") for e, result in zip(items, shows_result, strict=True)]
+    seen = [seen_in_cells(e.edited if r and e.edited.objects else e.scene) for e, r in zip(items, shows_result, strict=True)]
+    return {
+        "seen_colour": torch.from_numpy(np.stack([colours for colours, _ in seen])),
+        "seen_shape": torch.from_numpy(np.stack([shapes for _, shapes in seen])),
+        "clips": clips,
+        "text": [e.instruction for e in items],
+        "cells": cells.flatten(1),
+        "places": torch.tensor(np.stack(places), dtype=torch.float32).flatten(1),
+        "has_place": torch.tensor([e.target is not None and k for e, k in zip(items, knowable, strict=True)]).float(),
+        "knowable": torch.tensor(knowable).float(),
+        "answers": {k: torch.tensor([g[k] for g in given]) for k in QUESTIONS},
+    }
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number `index` and the MLLM's inputs for it."""
+
+    def __init__(self, edits: SyntheticEdits, processor: RVEDiTProcessor, batch_size: int):
+        self.edits, self.processor, self.batch_size = edits, processor, batch_size
+
+    def __getitem__(self, index: int):
+        batch = make_batch(self.edits, range(index * self.batch_size, (index + 1) * self.batch_size), references=True)
+        return batch, dict(self.processor(batch.pop("clips"), batch["text"]))
+
+
+def losses(predicted, batch) -> dict[str, torch.Tensor]:
+    clip_logits, places, cell_logits = predicted
+    cells, knowable, given = batch["cells"], batch["knowable"], batch["answers"]
+    cell = dict(zip(CELL_QUESTIONS, cell_logits.float().split(list(CELL_QUESTIONS.values()), -1), strict=True))
+    bce = F.binary_cross_entropy_with_logits(cell["changes"][..., 0], cells, reduction="none")
+    # which of the objects it is, is the hard part
+    bce = (bce * (1 + 4 * (batch["seen_shape"] < len(SHAPES)))).mean(1)
+    terms = {"mask": 4 * (bce * knowable).sum() / knowable.sum()}
+    for name in ("seen_colour", "seen_shape"):
+        terms[name] = F.cross_entropy(cell[name].flatten(0, 1), batch[name].flatten())
+    inside = cells > 0.5
+    for name in ("operation", "colour", "shape"):
+        labels = given[name][:, None].expand_as(cells)[inside]
+        terms[f"cell_{name}"] = 0.3 * F.cross_entropy(cell[name][inside], labels, ignore_index=NO_ANSWER)
+    for name, logits in clip_logits.items():
+        # a batch may have no clip that the question applies to
+        valid = (given[name] != NO_ANSWER).sum().clamp(min=1)
+        terms[name] = 0.3 * F.cross_entropy(logits.float(), given[name], ignore_index=NO_ANSWER, reduction="sum") / valid
+    error = (places.float() - batch["places"]).abs().mean(1)
+    terms["place"] = 2 * (error * batch["has_place"]).sum() / batch["has_place"].sum().clamp(min=1)
+    return terms
+
+
+@torch.no_grad()
+def evaluate(mllm, distiller, heads, processor, edits: SyntheticEdits, num_clips: int = 128) -> dict[str, float]:
+    heads.eval()
+    union = overlap = 0.0
+    right = {k: [] for k in QUESTIONS}
+    for start in range(0, num_clips, 32):
+        batch = make_batch(edits, range(start, start + 32), references=False)
+        states = distiller.harvest(mllm, processor(batch["clips"], batch["text"]))
+        clip_logits, _, cell_logits = heads(*states[:2])
+        local = batch["has_place"].bool()
+        guess, truth = cell_logits[local][..., 0] > 0, batch["cells"][local] > 0.5
+        overlap, union = overlap + (guess & truth).sum().item(), union + (guess | truth).sum().item()
+        for name, logits in clip_logits.items():
+            known = batch["answers"][name] != NO_ANSWER
+            right[name] += (logits.argmax(1) == batch["answers"][name])[known].tolist()
+    heads.train()
+    return {"mask_iou": overlap / union} | {name: float(np.mean(hits)) for name, hits in right.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for model, processor, queries and log")
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
+    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--learning_rate", type=float, default=1.5e-3)
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that render scenes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save_every", type=int, default=200)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    edits = SyntheticEdits(args.seed + 10, num_frames=NUM_FRAMES)
+    unseen = SyntheticEdits(1_000_000, num_frames=NUM_FRAMES, photos=TEST_PHOTOS)
+    corpus = [edits[index].instruction for index in range(2000)]
+    mllm, _ = save_tiny_mllm(args.output / "mllm", corpus=corpus, vocab_size=1024, seed=args.seed, **MLLM_CONFIG)
+    processor = RVEDiTProcessor.from_mllm(args.output / "mllm", **PROCESSOR_CONFIG)
+    distiller = RVEDiTTokenDistiller(
+        mllm_hidden_size=MLLM_CONFIG["hidden_size"], dim=TOKEN_WIDTH, num_edit_tokens=processor.num_edit_tokens
+    )
+    heads = AnswerHeads(MLLM_CONFIG["hidden_size"], processor.num_edit_tokens)
+    mllm.train().set_attn_implementation("eager")  # at this size the fused kernels' backward pass is the slower one
+
+    modules = {"mllm": mllm.base_model, "distiller": distiller, "heads": heads}
+    parameters = [*mllm.base_model.parameters(), distiller.queries, *heads.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
+    if checkpoint.is_dir():
+        state = load_training_state(checkpoint, modules, optimizer)
+        step, spent = state["step"], state["seconds"]
+    started = time.monotonic() - spent
+
+    def progress() -> float:
+        return (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
+
+    bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step")
+    log = open(args.output / "log.jsonl", "a")
+    batches = iter(
+        torch.utils.data.DataLoader(
+            Batches(edits, processor, args.batch_size),
+            batch_size=None,
+            sampler=range(step, 10_000_000),
+            num_workers=args.num_workers,
+        )
+    )
+    while progress() < 1.0:
+        rate = args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch, inputs = next(batches)
+        with torch.autocast("cpu", torch.bfloat16):
+            edit_states, visual_states, _, _ = distiller.harvest(mllm, inputs)
+            terms = losses(heads(edit_states, visual_states), batch)
+        sum(terms.values()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        bar.update()
+        if step % 20 == 0:
+            entry = {"step": step, "lr": rate} | {name: term.item() for name, term in terms.items()}
+            bar.set_postfix(mask=f"{entry['mask']:.3f}", operation=f"{entry['operation']:.3f}")
+            if step % args.save_every == 0:
+                entry |= evaluate(mllm, distiller, heads, processor, unseen)
+                save_training_state(checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started})
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+
+    mllm.eval()
+    scores = evaluate(mllm, distiller, heads, processor, unseen, 256)
+    log.write(json.dumps({"step": step, "seconds": time.monotonic() - started} | scores) + "\n")
+    mllm.save_pretrained(args.output / "mllm")
+    processor.save_pretrained(args.output / "processor")
+    distiller.save_pretrained(args.output / "distiller")
+    print(f"{args.output}: " + ", ".join(f"{name} {score:.2f}" for name, score in scores.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Clips in every form that the pipeline takes, as tensors."""
+
+import math
+import numbers
+import os
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+
+from .video import Video, read_video
+
+
+def is_count(value) -> bool:
+    """Whether `value` is an integer of at least 1; `True` is not."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
+def resize_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """
+    Resize with an antialiased bicubic kernel; frames that have the size already are returned as they are.
+
+    Args:
+        frames (`torch.Tensor` of shape `(frames, 3, height, width)`): float32 in [-1, 1].
+        size (`tuple[int, int]`): The new `(height, width)`.
+    """
+    if tuple(frames.shape[2:]) == size:
+        return frames
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp(-1.0, 1.0)
+
+
+def load_clips(video, num_frames: int | None = None) -> list[torch.Tensor]:
+    """
+    One clip or a batch of clips as a list of tensors.
+
+    Args:
+        video: See [`RVEDiTPipeline.__call__`].
+        num_frames (`int`, *optional*): Keep this many frames of each clip, from the first.
+
+    Returns:
+        `list[torch.Tensor]`: one `(frames, 3, height, width)` for each clip, uint8 in [0, 255] or float32 in [0, 1].
+
+    Raises:
+        `TypeError`, `ValueError`: naming `video` or the clip `video[i]`, or `num_frames`.
+    """
+    if num_frames is not None and not is_count(num_frames):
+        raise ValueError(f"`num_frames` has to be an integer of at least 1, got {num_frames!r}.")
+
+    if isinstance(video, (np.ndarray, torch.Tensor)):
+        if video.ndim not in (4, 5):
+            raise ValueError(
+                "`video` has to be an array (frames, height, width, 3) or a tensor (frames, 3, height, width), with"
+                f" one more axis for a batch, got shape {tuple(video.shape)}."
+            )
+        items = list(video) if video.ndim == 5 else [video]
+    elif isinstance(video, (list, tuple)):
+        if len(video) == 0:
+            raise ValueError("`video` has to hold at least one frame, got an empty list.")
+        is_frame = [
+            isinstance(item, PIL.Image.Image) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3)
+            for item in video
+        ]
+        if any(is_frame) and not all(is_frame):
+            raise TypeError("`video` has to be a list of frames or a list of clips, got frames and clips mixed.")
+        items = [video] if all(is_frame) else video
+    else:
+        items = [video]
+    if len(items) == 0:
+        raise ValueError(f"`video` has to hold at least one clip, got shape {tuple(video.shape)}.")
+
+    is_batch = items is video or len(items) > 1
+    clips = []
+    for index, item in enumerate(items):
+        name = f"video[{index}]" if is_batch else "video"
+        clip = _load_clip(name, item, num_frames)
+        if num_frames is not None and clip.shape[0] < num_frames:
+            raise ValueError(
+                f"`num_frames` has to be at most the clip's length, {clip.shape[0]} frames, got {num_frames}."
+            )
+        clips.append(clip[:num_frames])
+    return clips
+
+
+def _load_clip(name: str, video, num_frames: int | None) -> torch.Tensor:
+    # 1. To one array or tensor
+    if isinstance(video, (str, os.PathLike)):
+        if not Path(video).is_file():
+            raise ValueError(f"`{name}` has to be a video file, but there is no file {str(video)!r}.")
+        try:
+            video = read_video(video, max_frames=num_frames)
+        except ValueError as error:
+            raise ValueError(f"`{name}` has to be a video file: {error}") from error
+    if isinstance(video, Video):
+        video = video.frames
+    if isinstance(video, (list, tuple)):
+        if len(video) == 0:
+            raise ValueError(f"`{name}` has to hold at least one frame, got an empty list.")
+        kinds = {
+            kind for kind in (PIL.Image.Image, np.ndarray, torch.Tensor) for frame in video if isinstance(frame, kind)
+        }
+        if len(kinds) != 1 or not all(isinstance(frame, tuple(kinds)) for frame in video):
+            found = sorted({type(frame).__name__ for frame in video})
+            raise TypeError(f"`{name}` has to be a list of PIL images, of arrays or of tensors, got {found}.")
+        is_images = kinds == {PIL.Image.Image}
+        sizes = {frame.size if is_images else tuple(frame.shape) for frame in video}
+        if len(sizes) > 1:
+            raise ValueError(f"`{name}` has to have frames of one size, got {sorted(sizes)}.")
+        if is_images:
+            video = [np.asarray(image.convert("RGB")) for image in video]
+        video = torch.stack(list(video)) if kinds == {torch.Tensor} else np.stack(video)
+
+    # 2. Layout
+    if isinstance(video, np.ndarray):
+        if video.ndim != 4 or video.shape[3] != 3:
+            raise ValueError(f"`{name}` has to be an array (frames, height, width, 3), got shape {video.shape}.")
+        if video.dtype != np.uint8 and video.dtype.kind != "f":
+            raise TypeError(f"`{name}` has to be uint8 in [0, 255] or floating point in [0, 1], got {video.dtype}.")
+        clip = torch.from_numpy(np.ascontiguousarray(video)).permute(0, 3, 1, 2)
+    elif isinstance(video, torch.Tensor):
+        if video.ndim != 4 or video.shape[1] != 3:
+            raise ValueError(
+                f"`{name}` has to be a tensor (frames, 3, height, width), got shape {tuple(video.shape)}."
+            )
+        if video.dtype != torch.uint8 and not video.is_floating_point():
+            raise TypeError(f"`{name}` has to be uint8 in [0, 255] or floating point in [0, 1], got {video.dtype}.")
+        clip = video.detach()
+    else:
+        raise TypeError(
+            f"`{name}` has to be a path, a list of PIL images, an array, a tensor, or a list of those, got"
+            f" {type(video).__name__}."
+        )
+    if clip.numel() == 0:
+        raise ValueError(f"`{name}` has to have at least one frame and one pixel, got shape {tuple(video.shape)}.")
+
+    # 3. Range
+    if clip.dtype != torch.uint8:
+        clip = clip.float()
+        low, high = (bound.item() for bound in clip.aminmax())  # NaN if one pixel is
+        if not (low >= 0.0 and high <= 1.0):
+            found = "NaN" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+            raise ValueError(f"`{name}` has to lie in [0, 1], if floating point, got {found}.")
+    return clip

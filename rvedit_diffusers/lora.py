@@ -1,0 +1,77 @@
+import os
+from collections.abc import Callable
+
+import torch
+from diffusers.loaders import CogVideoXLoraLoaderMixin
+from peft.utils import get_peft_model_state_dict
+
+
+class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
+    """
+    LoRA layers of [`RVEDiTTransformer3DModel`] for [`RVEDiTPipeline`]: `load_lora_weights`, `save_lora_weights`,
+    `set_adapters`, `get_active_adapters`, `fuse_lora`, `unfuse_lora`, `delete_adapters` and `unload_lora_weights`.
+
+    Everything but saving is diffusers' own mixin for pipelines whose one adapted component is `transformer`. Files
+    hold safetensors with keys `transformer.<module>.lora_A.weight` and `transformer.<module>.lora_B.weight`. Layers
+    that carry Wan's names, such as `blocks.0.attn1.to_q`, fit because the transformer keeps those names.
+    """
+
+    _lora_loadable_modules = ["transformer"]
+
+    @classmethod
+    def save_lora_weights(
+        cls,
+        save_directory: str | os.PathLike,
+        transformer_lora_layers: torch.nn.Module | dict[str, torch.Tensor] | None = None,
+        is_main_process: bool = True,
+        weight_name: str | None = None,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        transformer_lora_adapter_metadata: dict | None = None,
+        adapter_name: str = "default",
+    ) -> None:
+        r"""
+        Save one LoRA adapter of the transformer as a file that `load_lora_weights` reads.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to write to; made if it does not exist.
+            transformer_lora_layers (`RVEDiTTransformer3DModel` or `dict[str, torch.Tensor]`):
+                The transformer that carries the adapter, or the adapter's state dict as
+                `peft.utils.get_peft_model_state_dict` returns it. A state dict holds no scaling: without
+                `transformer_lora_adapter_metadata` the file loads as if `lora_alpha` were the rank. From the
+                transformer itself the adapter's whole configuration is saved along.
+            is_main_process (`bool`, defaults to `True`):
+                Whether this process writes the file. Give `False` on all but one process of a distributed run.
+            weight_name (`str`, *optional*):
+                Name of the file; `pytorch_lora_weights.safetensors` by default.
+            save_function (`Callable`, *optional*):
+                `save_function(weights, filename)`, in place of `safetensors.torch.save_file`. It writes no metadata.
+            safe_serialization (`bool`, defaults to `True`):
+                Whether to write safetensors. The pickle format (`False`) cannot hold metadata, hence no `lora_alpha`.
+            transformer_lora_adapter_metadata (`dict`, *optional*):
+                `LoraConfig.to_dict()` of an adapter that is given as a state dict.
+            adapter_name (`str`, defaults to `"default"`):
+                Which adapter of the transformer to save, when the transformer is given.
+
+        Raises:
+            `ValueError`: if `transformer_lora_layers` is missing, the transformer has no adapter `adapter_name`, or
+            metadata
+                is to be written without `safe_serialization`.
+        """
+        if isinstance(transformer_lora_layers, torch.nn.Module):
+            adapters = getattr(transformer_lora_layers, "peft_config", {})
+            if adapter_name not in adapters:
+                raise ValueError(f"`adapter_name` has to be one of {sorted(adapters)}, got {adapter_name!r}.")
+            transformer_lora_adapter_metadata = adapters[adapter_name].to_dict()
+            transformer_lora_layers = get_peft_model_state_dict(transformer_lora_layers, adapter_name=adapter_name)
+
+        super().save_lora_weights(
+            save_directory,
+            transformer_lora_layers,
+            is_main_process=is_main_process,
+            weight_name=weight_name,
+            save_function=save_function,
+            safe_serialization=safe_serialization,
+            transformer_lora_adapter_metadata=transformer_lora_adapter_metadata,
+        )

@@ -1,0 +1,176 @@
+"""Training losses as pure functions that return one value per clip, and the head that the alignment trains through."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def sample_sigmas(
+    batch_size: int, shift: float = 3.0, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Draw noise levels from a shifted logit-normal distribution (SD3, arXiv 2403.03206, section 3.1 and eq. 23).
+
+    Args:
+        batch_size (`int`): How many to draw.
+        shift (`float`, defaults to `3.0`): At least 1 moves the mass towards noise, as larger frames need.
+        generator (`torch.Generator`, *optional*): On the CPU, so that a draw does not depend on the device.
+        device: Where the result goes.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size,)`, float32 in (0, 1); 1 is pure noise.
+    """
+    if shift <= 0:
+        raise ValueError(f"`shift` has to be positive, but is {shift}")
+    sigmas = torch.sigmoid(torch.randn(batch_size, generator=generator))
+    return (shift * sigmas / (1 + (shift - 1) * sigmas)).to(device)
+
+
+def flow_matching_loss(
+    prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean squared error against the velocity `noise - latents` of `(1 - sigma) * latents + sigma * noise`.
+
+    Args:
+        prediction, latents, noise (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Any float
+            dtype; the error is taken in float32.
+        weight (`torch.Tensor`, *optional*): Broadcastable to `prediction`; each clip's is scaled to a mean of 1.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32.
+    """
+    error = (prediction.float() - (noise.float() - latents.float())).square()
+    if weight is not None:
+        weight = weight.float().expand_as(error)
+        error = error * weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)
+    return error.mean(dim=(1, 2, 3, 4))
+
+
+def edit_region_weight(latents: torch.Tensor, source_latents: torch.Tensor, strength: float) -> torch.Tensor:
+    """Weight the latent cells that an edit changes: `1 + strength` where it changes most, 1 where it changes nothing.
+
+    Args:
+        latents, source_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): The edited and
+            the source clip, normalised to about unit variance.
+        strength (`float`): At least 0.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 1, frames, height, width)`, float32.
+    """
+    change = (latents.float() - source_latents.float()).square().mean(dim=1, keepdim=True)
+    return 1 + strength * (change / 0.25).clamp(max=1)
+
+
+class AlignmentHead(nn.Module):
+    """Projects attention features of both branches before they are compared; used in training alone.
+
+    Args:
+        dim (`int`): Width of the features.
+        hidden_dim (`int`, defaults to `512`): Width of the hidden layer.
+        out_dim (`int`, defaults to `128`): Width in which features are compared.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int = 512, out_dim: int = 128):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.linear_1 = nn.Linear(dim, hidden_dim)
+        self.act_fn = nn.SiLU()
+        self.linear_2 = nn.Linear(hidden_dim, out_dim)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(batch, tokens, dim)` to `(batch, tokens, out_dim)`."""
+        return self.linear_2(self.act_fn(self.linear_1(self.norm(features))))
+
+
+def sample_token_positions(
+    num_tokens: int, num_samples: int, generator: torch.Generator | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Draw `min(num_samples, num_tokens)` distinct, sorted token positions, `(positions,)` int64."""
+    return torch.randperm(num_tokens, generator=generator)[:num_samples].sort().values.to(device)
+
+
+def _infonce_rows(
+    queries: torch.Tensor, keys: torch.Tensor, ignored: torch.Tensor | None, start: int, temperature: float
+) -> torch.Tensor:
+    logits = queries @ keys.transpose(1, 2) / temperature  # (batch, rows, tokens)
+    if ignored is not None:
+        logits = logits.masked_fill(ignored, -torch.inf)
+    positives = torch.arange(start, start + queries.shape[1], device=queries.device).expand(queries.shape[0], -1)
+    return F.cross_entropy(logits.transpose(1, 2), positives, reduction="none")  # (batch, rows)
+
+
+def infonce_loss(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    temperature: float = 0.07,
+    ignored: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+) -> torch.Tensor:
+    """InfoNCE (arXiv 1807.03748, eq. 4): token `i` of the one branch has to find token `i` of the other among its clip's.
+
+    Args:
+        queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`): Projected features of the editing and of the
+            reference branch at the same positions. Normalised here; logits are float32.
+        temperature (`float`, defaults to `0.07`): Divides the cosine similarities.
+        ignored (`torch.Tensor` of shape `(tokens, tokens)`, *optional*): Boolean; `True` takes a pair out of the
+            negatives, for example neighbours. Its diagonal has to be `False`.
+        chunk_size (`int`, *optional*): Compute that many rows at a time and again in the backward pass, so that the
+            `(tokens, tokens)` logits never exist at once.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32, in nats. `log(tokens)` minus it bounds the mutual information
+        from below, see [`mutual_information_bound`].
+    """
+    if queries.shape != keys.shape:
+        raise ValueError(f"`keys` has to have the shape of `queries`, {tuple(queries.shape)}, but has {tuple(keys.shape)}")
+    queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
+    with torch.autocast(queries.device.type, enabled=False):
+        if chunk_size is None:
+            return _infonce_rows(queries, keys, ignored, 0, temperature).mean(dim=1)
+        total = queries.new_zeros(queries.shape[0])
+        for start in range(0, queries.shape[1], chunk_size):
+            rows = slice(start, start + chunk_size)
+            chunk_ignored = None if ignored is None else ignored[rows]
+            total = total + checkpoint(
+                _infonce_rows, queries[:, rows], keys, chunk_ignored, start, temperature, use_reentrant=False
+            ).sum(dim=1)
+        return total / queries.shape[1]
+
+
+def mutual_information_bound(loss: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The lower bound `log(num_tokens) - loss` on the mutual information, in nats (arXiv 1807.03748, section 2.3).
+
+    It cannot exceed `log(num_tokens)`, which is its ceiling whatever the true information is.
+    """
+    return math.log(num_tokens) - loss
+
+
+def cosine_alignment_loss(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`1 - cosine` of matching tokens, mean over a clip (REPA, arXiv 2410.06940, eq. 8).
+
+    Args:
+        queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`): As in [`infonce_loss`]. `keys` is a constant
+            here: with no negatives, a head that learned from both would collapse.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32 in [0, 2].
+    """
+    return 1 - F.cosine_similarity(queries.float(), keys.detach().float(), dim=-1).mean(dim=1)
+
+
+def relational_alignment_loss(queries: torch.Tensor, keys: torch.Tensor, margin: float = 0.1) -> torch.Tensor:
+    """Distance between the token-to-token similarities of the branches, beyond a margin (VideoREPA, arXiv 2505.23656).
+
+    Args:
+        queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`): As in [`infonce_loss`]; `keys` is a constant.
+        margin (`float`, defaults to `0.1`): Differences of similarity up to it cost nothing.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32 in [0, 2].
+    """
+    queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.detach().float(), dim=-1)
+    with torch.autocast(queries.device.type, enabled=False):
+        difference = queries @ queries.transpose(1, 2) - keys @ keys.transpose(1, 2)  # (batch, tokens, tokens)
+    return F.relu(difference.abs() - margin).mean(dim=(1, 2))

@@ -1,0 +1,987 @@
+import inspect
+import math
+import numbers
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils import replace_example_docstring
+from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.video_processor import VideoProcessor
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from .clips import is_count, load_clips, resize_frames
+from .distiller_rvedit import RVEDiTTokenDistiller
+from .lora import RVEDiTLoraLoaderMixin
+from .pipeline_output import RVEDiTPipelineOutput
+from .processing_rvedit import RVEDiTProcessor
+from .transformer_rvedit import RVEDiTTransformer3DModel
+from .video import Video
+
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```python
+        >>> from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, read_video, write_video
+
+        >>> pipe = RVEDiTPipeline.from_pretrained(TINY_CHECKPOINT)
+        >>> frames = pipe("source.mp4", "make the video black and white").frames[0]
+        >>> write_video("edited.mp4", frames, fps=read_video("source.mp4").fps, audio_from="source.mp4")
+        ```
+"""
+
+OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+
+
+class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
+    r"""
+    Edits a video as an instruction says (RVEDiT, arXiv 2605.24674): `pipe(video, prompt)`.
+
+    This model inherits from [`DiffusionPipeline`]. Check the superclass documentation for the generic methods
+    implemented for all pipelines (saving, loading, running on a particular device, offloading, etc.). Memory of the
+    VAE is saved with `pipe.vae.enable_tiling()` and `pipe.vae.enable_slicing()`.
+
+    `text_encoder` and `tokenizer` may be `None` when `prompt_embeds` are passed to the call, and `processor`, `mllm`
+    and `distiller` when the tokens of every stream that the transformer reads are: load such a pipeline with
+    `from_pretrained(folder, mllm=None, ...)`.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer of `text_encoder`.
+        text_encoder ([`~transformers.UMT5EncoderModel`]):
+            Gives the text tokens, those that a Wan backbone knows.
+        processor ([`RVEDiTProcessor`]):
+            Turns the clip and the instruction into the MLLM's inputs.
+        mllm ([`~transformers.PreTrainedModel`]):
+            A Qwen2.5-VL or Qwen3-VL model.
+        distiller ([`RVEDiTTokenDistiller`]):
+            Reads editing and visual tokens out of one pass of `mllm`.
+        vae ([`~diffusers.AutoencoderKLWan`]):
+            Encodes the source clip and decodes the edited one.
+        transformer ([`RVEDiTTransformer3DModel`]):
+            Predicts the flow.
+        scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`] or [`~diffusers.UniPCMultistepScheduler`]):
+            Integrates the flow. UniPC needs `prediction_type="flow_prediction"` and `use_flow_sigmas=True`.
+        default_num_inference_steps (`int`, defaults to 50):
+            `num_inference_steps` of a call that gives none. Kept in `model_index.json`, as are the next two, so that a
+            checkpoint brings the settings it was tuned for.
+        default_guidance_scale (`float`, defaults to 5.0):
+            `guidance_scale` of a call that gives none.
+        default_source_guidance_scale (`float`, defaults to 1.0):
+            `source_guidance_scale` of a call that gives none.
+    """
+
+    model_cpu_offload_seq = "text_encoder->mllm->distiller->transformer->vae"
+    _callback_tensor_inputs = [
+        "latents",
+        "source_latents",
+        "prompt_embeds",
+        "negative_prompt_embeds",
+        "edit_embeds",
+        "negative_edit_embeds",
+        "visual_embeds",
+        "negative_visual_embeds",
+    ]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        text_encoder: UMT5EncoderModel,
+        processor: RVEDiTProcessor,
+        mllm: PreTrainedModel,
+        distiller: RVEDiTTokenDistiller,
+        vae: AutoencoderKLWan,
+        transformer: RVEDiTTransformer3DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler | UniPCMultistepScheduler,
+        default_num_inference_steps: int = 50,
+        default_guidance_scale: float = 5.0,
+        default_source_guidance_scale: float = 1.0,
+    ):
+        super().__init__()
+
+        self.register_modules(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            processor=processor,
+            mllm=mllm,
+            distiller=distiller,
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+        )
+        self.register_to_config(
+            default_num_inference_steps=default_num_inference_steps,
+            default_guidance_scale=default_guidance_scale,
+            default_source_guidance_scale=default_source_guidance_scale,
+        )
+        self.vae_scale_factor_temporal = self.vae.config.scale_factor_temporal if self.vae is not None else 4
+        self.vae_scale_factor_spatial = self.vae.config.scale_factor_spatial if self.vae is not None else 8
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    @property
+    def token_streams(self) -> set[str]:
+        """The streams, of `"edit"`, `"text"` and `"visual"`, that at least one block of the transformer reads."""
+        return {stream for block in self.transformer.blocks for stream in block.tokens}
+
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None = None,
+        do_classifier_free_guidance: bool = True,
+        num_videos_per_prompt: int = 1,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        max_sequence_length: int = 512,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        Encode instructions with the text encoder alone. For the MLLM's tokens see [`~RVEDiTPipeline.encode_tokens`].
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                Instructions. `None` requires `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to avoid: one text, or one for each prompt. `None` is the empty text. Not used without guidance.
+            do_classifier_free_guidance (`bool`, defaults to `True`):
+                Whether to encode `negative_prompt`.
+            num_videos_per_prompt (`int`, defaults to 1):
+                How often to repeat each row.
+            prompt_embeds (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
+                Given, they are returned in place of the encoded `prompt`, repeated like it.
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
+                Likewise for `negative_prompt`.
+            max_sequence_length (`int`, defaults to 512):
+                Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less.
+            device (`torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
+                Of the result; the pipeline's execution device and the text encoder's dtype by default.
+
+        Returns:
+            `tuple`: `prompt_embeds` and `negative_prompt_embeds`, each `(batch * num_videos_per_prompt, text_len,
+            text_dim)` and zero behind the end of the text, as Wan has it; the second is `None` if it is neither given
+            nor asked for.
+        """
+        device = device or self._execution_device
+
+        if prompt_embeds is None:
+            _check_texts("prompt", prompt)
+            prompt_embeds = self._get_t5_prompt_embeds(prompt, max_sequence_length, device, dtype)
+        if do_classifier_free_guidance and negative_prompt_embeds is None:
+            negative_prompt = "" if negative_prompt is None else negative_prompt
+            negative_prompt_embeds = self._get_t5_prompt_embeds(negative_prompt, max_sequence_length, device, dtype)
+
+        prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        if negative_prompt_embeds is not None:
+            if negative_prompt_embeds.shape[0] == 1:
+                negative_prompt_embeds = negative_prompt_embeds.repeat(prompt_embeds.shape[0], 1, 1)
+            else:
+                negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+
+        return prompt_embeds, negative_prompt_embeds
+
+    def _get_t5_prompt_embeds(
+        self,
+        prompt: str | list[str],
+        max_sequence_length: int,
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> torch.Tensor:
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        text_inputs = self.tokenizer(
+            [prompt_clean(text) for text in prompt],
+            padding="max_length",
+            max_length=min(max_sequence_length, self.tokenizer.model_max_length),
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        model_device = get_module_execution_device(self.text_encoder)
+        text_input_ids, mask = text_inputs.input_ids.to(model_device), text_inputs.attention_mask.to(model_device)
+        prompt_embeds = self.text_encoder(text_input_ids, mask).last_hidden_state  # (batch, text_len, text_dim)
+        prompt_embeds = prompt_embeds.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
+        return prompt_embeds.to(device=device, dtype=dtype or self.text_encoder.dtype)
+
+    def encode_tokens(
+        self,
+        video,
+        prompt: str | list[str],
+        num_frames: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        r"""
+        Distil clips and instructions into editing and visual tokens: one pass of the MLLM.
+
+        Passed back to the call, the result replaces that pass; a negative prompt's first two become
+        `negative_edit_embeds` and `negative_visual_embeds`.
+
+        Args:
+            video, prompt, num_frames:
+                As in the call. The tokens belong to that `num_frames`.
+            device (`torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
+                Of the tokens; the pipeline's execution device and the distiller's dtype by default.
+
+        Returns:
+            `tuple`: `edit_embeds` `(batch, num_edit_tokens, dim)`, `visual_embeds` `(batch, num_visual, dim)`,
+            `visual_positions` `(batch, num_visual, 3)`, float32 (time, row, column) as fractions of the clip padded to
+            whole latent frames, and `visual_attention_mask` `(batch, num_visual)`, bool, or `None` if every token is
+            valid.
+
+        Raises:
+            `TypeError`, `ValueError`: naming the argument, before the MLLM runs.
+        """
+        clips = load_clips(video, num_frames)
+        _check_texts("prompt", prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        return self._distill(self._prepare_mllm_inputs(clips, prompts, "prompt"), device, dtype)
+
+    def _prepare_mllm_inputs(self, clips: list[torch.Tensor], prompts: list[str], name: str) -> BatchFeature:
+        batch_size = max(len(clips), len(prompts))
+        try:
+            inputs = self.processor(
+                videos=clips * (batch_size // len(clips)), text=list(prompts) * (batch_size // len(prompts))
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"The processor takes no such `video` or `{name}`: {error}") from error
+
+        # Fractions of the clip become fractions of the padded clip, which is what the latent grid covers.
+        lengths = [clip.shape[0] for clip in clips]
+        factors = torch.tensor([(length - 1) / max(self._padded_length(length) - 1, 1) for length in lengths])
+        inputs["visual_positions"][..., 0] *= factors.unsqueeze(1)
+        return inputs
+
+    def _distill(
+        self, inputs: BatchFeature, device: torch.device | None, dtype: torch.dtype | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        # The two halves instead of the module: an offloading hook on `distiller` would move `mllm` as its argument.
+        device = device or self._execution_device
+        dtype = dtype or self.distiller.dtype
+        inputs = inputs.to(get_module_execution_device(self.mllm))
+        edit_states, visual_states, visual_positions, mask = self.distiller.harvest(self.mllm, inputs)
+        edit_embeds, visual_embeds = self.distiller.connect(edit_states, visual_states)
+        if hasattr(self.distiller, "_hf_hook"):
+            # Both halves loaded the queries, and no forward pass will follow to offload them again.
+            self.distiller._hf_hook.post_forward(self.distiller, None)
+        edit_embeds, visual_embeds = (tokens.to(device, dtype) for tokens in (edit_embeds, visual_embeds))
+        return edit_embeds, visual_embeds, visual_positions.to(device), None if mask is None else mask.to(device)
+
+    def _padded_length(self, num_frames: int) -> int:
+        # Latent frame 0 holds one frame, each further one `vae_scale_factor_temporal`; the transformer's patches hold
+        # whole latent frames.
+        patch_size = self.transformer.config.patch_size[0] if self.transformer is not None else 1
+        latent_frames = math.ceil((num_frames - 1) / self.vae_scale_factor_temporal) + 1
+        latent_frames = math.ceil(latent_frames / patch_size) * patch_size
+        return (latent_frames - 1) * self.vae_scale_factor_temporal + 1
+
+    def _legal_size(
+        self, source_height: int, source_width: int, height: int | None, width: int | None
+    ) -> tuple[int, int]:
+        if height is None and width is None:
+            height, width = source_height, source_width
+        elif width is None:
+            width = source_width * height / source_height
+        elif height is None:
+            height = source_height * width / source_width
+        multiples = (self.vae_scale_factor_spatial * size for size in self.transformer.config.patch_size[1:])
+        height, width = (max(round(size / m), 1) * m for size, m in zip((height, width), multiples))
+        return height, width
+
+    def check_inputs(
+        self,
+        clips,
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        num_inference_steps,
+        guidance_scale,
+        source_guidance_scale,
+        num_videos_per_prompt,
+        generator,
+        latents,
+        prompt_embeds,
+        negative_prompt_embeds,
+        edit_embeds,
+        visual_embeds,
+        visual_positions,
+        visual_attention_mask,
+        negative_edit_embeds,
+        negative_visual_embeds,
+        output_type,
+        callback_on_step_end,
+        callback_on_step_end_tensor_inputs,
+        attention_kwargs,
+        max_sequence_length,
+    ):
+        # 1. Components that every call needs
+        for name in ("vae", "transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"The pipeline's component `{name}` is None: no call works without it.")
+
+        # 2. Numbers, names and callables
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+            ("max_sequence_length", max_sequence_length),
+        ):
+            if not is_count(value):
+                raise ValueError(f"`{name}` has to be an integer of at least 1, got {value!r}.")
+        for name, value in (
+            ("guidance_scale", guidance_scale),
+            ("source_guidance_scale", source_guidance_scale),
+        ):
+            if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise ValueError(f"`{name}` has to be a finite number, got {value!r}.")
+        multiples = [self.vae_scale_factor_spatial * size for size in self.transformer.config.patch_size[1:]]
+        for name, value, multiple in zip(("height", "width"), (height, width), multiples):
+            if value is not None and (not is_count(value) or value % multiple):
+                raise ValueError(
+                    f"`{name}` has to be a positive multiple of {multiple}, got {value!r}. Without `height` and"
+                    " `width` clips of any size are edited and come back at their own."
+                )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` has to be one of {OUTPUT_TYPES}, got {output_type!r}.")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"`callback_on_step_end` has to be callable, got {type(callback_on_step_end).__name__}.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (list, tuple)):
+            raise TypeError(
+                "`callback_on_step_end_tensor_inputs` has to be a list of names, got"
+                f" {callback_on_step_end_tensor_inputs!r}."
+            )
+        unknown = [k for k in callback_on_step_end_tensor_inputs if k not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has to name tensors of {self._callback_tensor_inputs}, got"
+                f" {unknown}."
+            )
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise TypeError(f"`attention_kwargs` has to be a dict, got {type(attention_kwargs).__name__}.")
+        if attention_kwargs and set(attention_kwargs) != {"scale"}:
+            raise ValueError(f"`attention_kwargs` knows only the key 'scale', got {sorted(attention_kwargs)}.")
+
+        # 3. Texts
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if value is not None:
+                _check_texts(name, value)
+
+        # 4. Embeddings
+        dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+        text_dim = self.transformer.config.text_dim
+        for name, value in (
+            ("visual_positions", visual_positions),
+            ("visual_attention_mask", visual_attention_mask),
+            ("negative_visual_embeds", negative_visual_embeds),
+        ):
+            if value is not None and visual_embeds is None:
+                raise ValueError(f"`{name}` is given, but `visual_embeds`, to which it belongs, is None: pass both.")
+        if visual_embeds is not None and visual_positions is None:
+            raise ValueError(
+                "`visual_positions` is None, but `visual_embeds` is given: pass where the tokens stand, (batch,"
+                " num_visual, 3), as `encode_tokens` returns it."
+            )
+        _check_tensor("prompt_embeds", prompt_embeds, ("batch", "text_len", text_dim))
+        _check_tensor("negative_prompt_embeds", negative_prompt_embeds, ("batch", "text_len", text_dim))
+        _check_tensor("edit_embeds", edit_embeds, ("batch", "num_edit_tokens", dim))
+        _check_tensor("negative_edit_embeds", negative_edit_embeds, ("batch", "num_edit_tokens", dim))
+        _check_tensor("visual_embeds", visual_embeds, ("batch", "num_visual", dim))
+        num_visual = None if visual_embeds is None else visual_embeds.shape[1]
+        _check_tensor("negative_visual_embeds", negative_visual_embeds, ("batch", num_visual, dim))
+        _check_tensor("visual_positions", visual_positions, ("batch", num_visual, 3))
+        _check_tensor("visual_attention_mask", visual_attention_mask, ("batch", num_visual), is_bool=True)
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "edit_embeds": edit_embeds,
+            "negative_edit_embeds": negative_edit_embeds,
+            "visual_embeds": visual_embeds,
+            "visual_positions": visual_positions,
+            "visual_attention_mask": visual_attention_mask,
+            "negative_visual_embeds": negative_visual_embeds,
+        }
+        for name, value in embeds.items():
+            stream = name.removeprefix("negative_").split("_")[0].replace("prompt", "text")
+            if value is not None and stream not in self.token_streams:
+                raise ValueError(f"`{name}` has to be None: no block of this transformer reads the {stream} tokens.")
+
+        # 5. What will have to be computed, and whether it can be
+        reads_text = "text" in self.token_streams
+        missing = self._missing_tokens(edit_embeds, visual_embeds)
+        if prompt is None and reads_text and prompt_embeds is None:
+            raise ValueError("`prompt` is None: pass an instruction, or `prompt_embeds` and the MLLM's tokens.")
+        if prompt is None and missing:
+            raise ValueError(f"`prompt` is None: pass an instruction, or {missing} as `encode_tokens` returns them.")
+        unused = "has no use, since embeddings are given for all that it would become: pass one or the other."
+        if prompt is not None and not (reads_text and prompt_embeds is None) and not missing:
+            raise ValueError(f"`prompt` {prompt!r} {unused}")
+        if negative_prompt is not None and not (reads_text and negative_prompt_embeds is None) and not missing:
+            raise ValueError(f"`negative_prompt` {negative_prompt!r} {unused}")
+
+        has_null = guidance_scale > 1 or source_guidance_scale != 1
+        for name in ("text_encoder", "tokenizer"):
+            if getattr(self, name) is None and reads_text and prompt_embeds is None:
+                raise ValueError(f"The pipeline's component `{name}` is None: pass `prompt_embeds`.")
+            if getattr(self, name) is None and reads_text and has_null and negative_prompt_embeds is None:
+                raise ValueError(
+                    f"The pipeline's component `{name}` is None: pass `negative_prompt_embeds`, those of the empty"
+                    " text for plain guidance."
+                )
+        for name in ("processor", "mllm", "distiller"):
+            if getattr(self, name) is None and missing:
+                raise ValueError(
+                    f"The pipeline's component `{name}` is None: pass {missing}, as `encode_tokens` returns them."
+                )
+        if missing and self.distiller.config.dim != dim:
+            raise ValueError(
+                f"The pipeline's component `distiller` makes tokens of width {self.distiller.config.dim}, but the"
+                f" transformer reads {dim}: they have to be made for each other."
+            )
+        if source_guidance_scale != 1 and not self.transformer.config.source_channels:
+            raise ValueError(
+                "`source_guidance_scale` has to be 1 for a transformer that takes no source latents, got"
+                f" {source_guidance_scale}."
+            )
+
+        # 6. Batch sizes
+        batch_sizes = {"video": len(clips)}
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            batch_sizes[name] = len(value) if isinstance(value, (list, tuple)) else 1
+        batch_sizes |= {name: value.shape[0] for name, value in embeds.items() if value is not None}
+        largest = max(batch_sizes, key=batch_sizes.get)
+        batch_size = batch_sizes[largest]
+        for name, size in batch_sizes.items():
+            if size not in (1, batch_size):
+                raise ValueError(
+                    f"`{name}` has {size} entries, but `{largest}` has {batch_size}: each argument has to have one"
+                    " entry for the whole batch or one for each sample."
+                )
+        for index, clip in enumerate(clips):
+            if clip.shape != clips[0].shape:
+                first, other = ((frames.shape[0], *frames.shape[2:]) for frames in (clips[0], clip))
+                raise ValueError(
+                    f"`video[{index}]` has (frames, height, width) = {other}, but `video[0]` has {first}: the clips of"
+                    " a batch have to agree. Edit clips of different length or size one by one."
+                )
+
+        # 7. Noise
+        num_outputs = batch_size * num_videos_per_prompt
+        generators = generator if isinstance(generator, (list, tuple)) else [generator]
+        for item in generators:
+            if item is not None and not isinstance(item, torch.Generator):
+                raise TypeError(
+                    f"`generator` has to be a torch.Generator or a list of them, got {type(item).__name__}."
+                )
+        if isinstance(generator, (list, tuple)) and len(generator) != num_outputs:
+            raise ValueError(
+                f"`generator` has to be a list of {num_outputs}, one for each video (batch size times"
+                f" `num_videos_per_prompt`), got {len(generator)}."
+            )
+        latents_shape = self._latents_shape(num_outputs, clips[0], height, width)
+        longest = max(size // patch for size, patch in zip(latents_shape[2:], self.transformer.config.patch_size))
+        if longest > self.transformer.config.rope_max_seq_len:
+            raise ValueError(
+                f"`video` gives a grid of {longest} patches on one axis, and this transformer knows at most"
+                f" {self.transformer.config.rope_max_seq_len}: pass fewer `num_frames` or a smaller `height` and"
+                " `width`."
+            )
+        _check_tensor("latents", latents, latents_shape)
+
+    def _missing_tokens(self, edit_embeds: torch.Tensor | None, visual_embeds: torch.Tensor | None) -> list[str]:
+        tokens = {"edit": edit_embeds, "visual": visual_embeds}
+        return [
+            f"{stream}_embeds" for stream, value in tokens.items() if value is None and stream in self.token_streams
+        ]
+
+    def _latents_shape(
+        self, num_outputs: int, clip: torch.Tensor, height: int | None, width: int | None
+    ) -> tuple[int, int, int, int, int]:
+        height, width = self._legal_size(*clip.shape[2:], height, width)
+        return (
+            num_outputs,
+            self.transformer.config.in_channels,
+            (self._padded_length(clip.shape[0]) - 1) // self.vae_scale_factor_temporal + 1,
+            height // self.vae_scale_factor_spatial,
+            width // self.vae_scale_factor_spatial,
+        )
+
+    def prepare_latents(
+        self,
+        video: torch.Tensor | None,
+        shape: tuple[int, int, int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        r"""
+        Draw the noise and encode the source.
+
+        Args:
+            video (`torch.Tensor` of shape `(batch, 3, num_frames, height, width)`, *optional*):
+                Source clips in [-1, 1], of a legal length and size. `None`: there is no source.
+            shape (`tuple[int, int, int, int, int]`):
+                `(batch, channels, latent_frames, latent_height, latent_width)` of the noise.
+            dtype (`torch.dtype`), device (`torch.device`):
+                Of both results.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Draws the noise.
+            latents (`torch.Tensor` of shape `shape`, *optional*):
+                The noise, if it is not to be drawn.
+
+        Returns:
+            `tuple`: the noise, and the mode of the source's latents, normalised by the VAE's mean and standard
+            deviation, or `None`.
+        """
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        else:
+            latents = latents.to(device=device, dtype=dtype)
+
+        source_latents = None
+        if video is not None:
+            vae_device = get_module_execution_device(self.vae)
+            source_latents = self.vae.encode(video.to(vae_device, self.vae.dtype)).latent_dist.mode().float()
+            mean, std = self._latents_statistics(source_latents.device)
+            source_latents = ((source_latents - mean) / std).to(device=device, dtype=dtype)
+
+        return latents, source_latents
+
+    def _latents_statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        statistics = (self.vae.config.latents_mean, self.vae.config.latents_std)
+        mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1, 1) for values in statistics)
+        return mean, std
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def source_guidance_scale(self) -> float:
+        return self._source_guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        return self._guidance_scale > 1.0
+
+    @property
+    def do_source_guidance(self) -> bool:
+        return self._source_guidance_scale != 1.0
+
+    @property
+    def num_timesteps(self) -> int:
+        return self._num_timesteps
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        return self._current_timestep
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        video: str | os.PathLike | Video | list | np.ndarray | torch.Tensor,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        source_guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        edit_embeds: torch.Tensor | None = None,
+        visual_embeds: torch.Tensor | None = None,
+        visual_positions: torch.Tensor | None = None,
+        visual_attention_mask: torch.Tensor | None = None,
+        negative_edit_embeds: torch.Tensor | None = None,
+        negative_visual_embeds: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict], dict]
+        | PipelineCallback
+        | MultiPipelineCallbacks
+        | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_kwargs: dict[str, Any] | None = None,
+        max_sequence_length: int = 512,
+    ) -> RVEDiTPipelineOutput | tuple:
+        r"""
+        Edit one clip or a batch of clips.
+
+        Everything that has one entry per sample, `video`, `prompt`, `negative_prompt` and all embeddings, may also
+        have a single entry for the whole batch: one instruction for many clips, or many instructions for one clip. The
+        result has the batch size times `num_videos_per_prompt` clips; those of one sample are neighbours.
+
+        Args:
+            video (`str`, `os.PathLike`, [`Video`], `list[PIL.Image.Image]`, `np.ndarray`, `torch.Tensor`, or a `list`
+            of those):
+                The source clip: a file, the result of [`read_video`], a list of images, an array `(frames, height,
+                width, 3)`, a tensor `(frames, 3, height, width)`, or a list of single frames of such shape. A list of
+                clips, or an array or tensor with one more axis, is a batch, whose clips agree in length and size.
+                Arrays and tensors are uint8 in [0, 255] or floating point in [0, 1], RGB. Any length is fine, since
+                the last frame is repeated up to a length that the VAE encodes and the result is cut back.
+            prompt (`str` or `list[str]`, *optional*):
+                The instruction. The MLLM and the text encoder both read it: `None` requires `prompt_embeds` and the
+                MLLM's tokens; next to `prompt_embeds` it goes to the MLLM alone.
+            negative_prompt (`str` or `list[str]`, *optional*):
+                What to be guided away from. The text encoder reads it, and so does the MLLM unless it is blank or the
+                MLLM does not run. `None` is the empty text. Not used without guidance.
+            height (`int`, *optional*), width (`int`, *optional*):
+                Size of the result in pixels, at which the clip is also edited: multiples of the VAE's spatial factor
+                times the transformer's patch. Given one, the other follows the clip's aspect ratio, rounded. Given
+                none, the clip is edited at its own size rounded to the nearest such multiples and comes back at
+                exactly its own size.
+            num_frames (`int`, *optional*):
+                Edit this many frames, from the first; all by default. The result has as many.
+            num_inference_steps (`int`, *optional*):
+                Number of denoising steps, at least 1. By default the checkpoint's
+                `config.default_num_inference_steps`: 50, which suits models of Wan's size, unless it was saved with
+                another.
+            guidance_scale (`float`, *optional*):
+                Strength `s` of the guidance by the instruction; 1 or less turns it off. By default the checkpoint's
+                `config.default_guidance_scale` (5.0 unless saved with another).
+            source_guidance_scale (`float`, *optional*):
+                Strength `s_src` of a second guidance by the source clip; 1 turns it off and saves a third of the time.
+                By default the checkpoint's `config.default_source_guidance_scale` (1.0 unless saved with another).
+                With both, `v = v(0, 0) + s_src (v(src, 0) - v(0, 0)) + s (v(src, txt) - v(src, 0))`, equation 3 of
+                InstructPix2Pix (arXiv 2211.09800): `0` is a source of zero latents, or the negative prompt with zero
+                editing and visual tokens where the MLLM read none.
+            num_videos_per_prompt (`int`, defaults to 1):
+                Edits of each sample, from different noise.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                Makes the result deterministic. A list has one for each clip of the result.
+            latents (`torch.Tensor` of shape `(batch * num_videos_per_prompt, in_channels, latent_frames,
+            latent_height, latent_width)`, *optional*):
+                Gaussian noise to start from, in place of drawing it.
+            prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
+                Text tokens, as [`~RVEDiTPipeline.encode_prompt`] returns them.
+            edit_embeds (`torch.Tensor` of shape `(batch, num_edit_tokens, dim)`, *optional*):
+                Editing tokens, as [`~RVEDiTPipeline.encode_tokens`] returns them, `dim` being the transformer's width.
+                The MLLM does not run when neither these nor `visual_embeds` are missing.
+            visual_embeds (`torch.Tensor` of shape `(batch, num_visual, dim)`, *optional*):
+                Visual tokens. Requires `visual_positions`.
+            visual_positions (`torch.Tensor` of shape `(batch, num_visual, 3)`, *optional*):
+                (time, row, column) of the visual tokens in [0, 1], fractions of the clip padded to whole latent
+                frames.
+            visual_attention_mask (`torch.Tensor` of shape `(batch, num_visual)`, bool, *optional*):
+                `True` where a visual token is valid. `None`: all are.
+            negative_edit_embeds (`torch.Tensor` of shape `(batch, num_edit_tokens, dim)`, *optional*):
+                Editing tokens of the negative prompt. Zeros, the null condition of training, if they are not given and
+                the MLLM does not read a negative prompt.
+            negative_visual_embeds (`torch.Tensor` of the shape of `visual_embeds`, *optional*):
+                Likewise for the visual tokens, which stand at `visual_positions` too.
+            output_type (`str`, defaults to `"np"`):
+                `"np"`, `"pt"`, `"pil"` or `"latent"`; see [`RVEDiTPipelineOutput`].
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`RVEDiTPipelineOutput`] or a tuple.
+            callback_on_step_end (`Callable`, [`~diffusers.callbacks.PipelineCallback`] or
+            [`~diffusers.callbacks.MultiPipelineCallbacks`], *optional*):
+                `callback_on_step_end(pipe, step, timestep, callback_kwargs)`, called after each step; tensors in the
+                dict that it returns replace the pipeline's. Setting `pipe._interrupt = True` skips the remaining
+                steps.
+            callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
+                Names of the tensors in `callback_kwargs`, out of `pipe._callback_tensor_inputs`. Without guidance the
+                negative ones are `None`.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": float}` scales the LoRA layers.
+            max_sequence_length (`int`, defaults to 512):
+                Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less.
+
+        Examples:
+
+        Returns:
+            [`RVEDiTPipelineOutput`] or `tuple`: with `return_dict=False` a tuple whose one element is the clips.
+
+        Raises:
+            `TypeError`, `ValueError`: naming the argument, its value and what would be right, before any model runs.
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps is None:
+            num_inference_steps = self.config.default_num_inference_steps
+        if guidance_scale is None:
+            guidance_scale = self.config.default_guidance_scale
+        if source_guidance_scale is None:
+            source_guidance_scale = self.config.default_source_guidance_scale
+
+        # 1. Read the clips and check all inputs
+        clips = load_clips(video, num_frames)
+        self.check_inputs(
+            clips,
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_inference_steps,
+            guidance_scale,
+            source_guidance_scale,
+            num_videos_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            edit_embeds,
+            visual_embeds,
+            visual_positions,
+            visual_attention_mask,
+            negative_edit_embeds,
+            negative_visual_embeds,
+            output_type,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            attention_kwargs,
+            max_sequence_length,
+        )
+
+        self._guidance_scale = guidance_scale
+        self._source_guidance_scale = source_guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+
+        # 2. Define call parameters
+        device = self._execution_device
+        dtype = self.transformer.dtype
+        has_null = self.do_classifier_free_guidance or self.do_source_guidance
+        prompts = prompt if prompt is None or isinstance(prompt, (list, tuple)) else [prompt]
+        negative_prompts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""]
+        embeds = (prompt_embeds, negative_prompt_embeds, edit_embeds, negative_edit_embeds)
+        embeds += (visual_embeds, negative_visual_embeds, visual_positions, visual_attention_mask)
+        batch_size = max(len(rows) for rows in (clips, prompts, negative_prompts, *embeds) if rows is not None)
+        num_outputs = batch_size * num_videos_per_prompt
+        num_frames, _, source_height, source_width = clips[0].shape
+        latents_shape = self._latents_shape(num_outputs, clips[0], height, width)
+
+        # 3. Prepare timesteps and the MLLM's inputs, the last that can be wrong, before any model runs
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        timesteps = self.scheduler.timesteps
+        missing = self._missing_tokens(edit_embeds, visual_embeds)
+        mllm_inputs = negative_mllm_inputs = None
+        if missing:
+            mllm_inputs = self._prepare_mllm_inputs(clips, prompts, "prompt")
+            self.distiller.check_inputs(self.mllm, mllm_inputs)
+            if has_null and any(text.strip() for text in negative_prompts):
+                negative_mllm_inputs = self._prepare_mllm_inputs(clips, negative_prompts, "negative_prompt")
+
+        # 4. Encode the texts
+        if "text" in self.token_streams:
+            prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+                prompt=prompts,
+                negative_prompt=negative_prompts,
+                do_classifier_free_guidance=has_null,
+                prompt_embeds=prompt_embeds,
+                negative_prompt_embeds=negative_prompt_embeds,
+                max_sequence_length=max_sequence_length,
+                device=device,
+            )
+
+        # 5. Distil the MLLM's tokens
+        if mllm_inputs is not None:
+            edit_tokens, visual_tokens, *positions_and_mask = self._distill(mllm_inputs, device, dtype)
+            if "edit_embeds" in missing:
+                edit_embeds = edit_tokens
+            if "visual_embeds" in missing:
+                visual_embeds, (visual_positions, visual_attention_mask) = visual_tokens, positions_and_mask
+        if negative_mllm_inputs is not None:
+            edit_tokens, visual_tokens, *_ = self._distill(negative_mllm_inputs, device, dtype)
+            # A blank text gets the null condition, alone or among others.
+            is_blank = torch.tensor([not text.strip() for text in negative_prompts], device=device).view(-1, 1, 1)
+            if "edit_embeds" in missing and negative_edit_embeds is None:
+                negative_edit_embeds = edit_tokens.masked_fill(is_blank, 0.0)
+            if "visual_embeds" in missing:
+                negative_visual_embeds = visual_tokens.masked_fill(is_blank, 0.0)
+        if has_null and edit_embeds is not None and negative_edit_embeds is None:
+            negative_edit_embeds = torch.zeros_like(edit_embeds)
+        if has_null and visual_embeds is not None and negative_visual_embeds is None:
+            negative_visual_embeds = torch.zeros_like(visual_embeds)
+
+        # 6. Give every sample its rows
+        embeds = (prompt_embeds, negative_prompt_embeds, edit_embeds, negative_edit_embeds)
+        embeds += (visual_embeds, negative_visual_embeds)
+        (
+            prompt_embeds,
+            negative_prompt_embeds,
+            edit_embeds,
+            negative_edit_embeds,
+            visual_embeds,
+            negative_visual_embeds,
+        ) = (None if rows is None else _repeat(rows.to(device, dtype), num_outputs) for rows in embeds)
+        if visual_positions is not None:
+            visual_positions = _repeat(visual_positions.to(device, torch.float32), num_outputs)
+        if visual_attention_mask is not None:
+            # No mask where there is nothing to mask: some attention backends take none.
+            all_valid = visual_attention_mask.all()
+            visual_attention_mask = None if all_valid else _repeat(visual_attention_mask.to(device), num_outputs)
+
+        # 7. Prepare latents
+        source_video = None
+        if self.transformer.config.source_channels:
+            num_repeats = self._padded_length(num_frames) - num_frames
+            size = self._legal_size(source_height, source_width, height, width)
+            source_video = []
+            for clip in clips:
+                frames = clip.to(device)
+                frames = frames.float() / 127.5 - 1.0 if clip.dtype == torch.uint8 else frames * 2.0 - 1.0
+                frames = resize_frames(frames, size)  # (frames, 3, height, width) in [-1, 1]
+                source_video.append(torch.cat([frames, frames[-1:].expand(num_repeats, -1, -1, -1)]))
+            source_video = torch.stack(source_video).transpose(1, 2)  # (batch, 3, frames, height, width)
+        latents, source_latents = self.prepare_latents(
+            source_video, latents_shape, torch.float32, device, generator, latents
+        )
+        if source_latents is not None:
+            source_latents = _repeat(source_latents.to(dtype), num_outputs)
+
+        # 8. Denoising loop
+        self._num_timesteps = len(timesteps)
+        sigmas = self.scheduler.sigmas.tolist()  # the cache hooks want numbers: read them once, not once a step
+        self.scheduler.set_begin_index(0)
+        step_kwargs = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+
+                self._current_timestep = t
+                latent_model_input = latents.to(dtype)
+                timestep = t.expand(num_outputs)
+                cache_context = {"step_index": i, "sigma": sigmas[i], "num_inference_steps": self._num_timesteps}
+
+                with self.transformer.cache_context("cond", **cache_context):
+                    noise_pred = self.transformer(
+                        hidden_states=latent_model_input,
+                        timestep=timestep,
+                        encoder_hidden_states=prompt_embeds,
+                        edit_hidden_states=edit_embeds,
+                        visual_hidden_states=visual_embeds,
+                        visual_positions=visual_positions,
+                        visual_attention_mask=visual_attention_mask,
+                        source_hidden_states=source_latents,
+                        attention_kwargs=attention_kwargs,
+                        return_dict=False,
+                    )[0].float()
+
+                if self.do_classifier_free_guidance or self.do_source_guidance:
+                    with self.transformer.cache_context("uncond", **cache_context):
+                        noise_uncond = self.transformer(
+                            hidden_states=latent_model_input,
+                            timestep=timestep,
+                            encoder_hidden_states=negative_prompt_embeds,
+                            edit_hidden_states=negative_edit_embeds,
+                            visual_hidden_states=negative_visual_embeds,
+                            visual_positions=visual_positions,
+                            visual_attention_mask=visual_attention_mask,
+                            source_hidden_states=source_latents,
+                            attention_kwargs=attention_kwargs,
+                            return_dict=False,
+                        )[0].float()
+                    scale = self.guidance_scale if self.do_classifier_free_guidance else 1.0
+                    noise_pred = noise_uncond + scale * (noise_pred - noise_uncond)
+
+                if self.do_source_guidance:
+                    with self.transformer.cache_context("uncond_source", **cache_context):
+                        noise_uncond_source = self.transformer(
+                            hidden_states=latent_model_input,
+                            timestep=timestep,
+                            encoder_hidden_states=negative_prompt_embeds,
+                            edit_hidden_states=negative_edit_embeds,
+                            visual_hidden_states=negative_visual_embeds,
+                            visual_positions=visual_positions,
+                            visual_attention_mask=visual_attention_mask,
+                            source_hidden_states=None,  # equals zero latents: the source is embedded without bias
+                            attention_kwargs=attention_kwargs,
+                            return_dict=False,
+                        )[0].float()
+                    # Equation 3 of InstructPix2Pix, reordered: v(src, 0) is v(0, 0) + 1 (v(src, 0) - v(0, 0)).
+                    noise_pred = noise_pred + (self.source_guidance_scale - 1.0) * (noise_uncond - noise_uncond_source)
+
+                # compute the previous noisy sample x_t -> x_t-1
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False, **step_kwargs)[0]
+
+                if callback_on_step_end is not None:
+                    callback_kwargs = {}
+                    for k in callback_on_step_end_tensor_inputs:
+                        callback_kwargs[k] = locals()[k]
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+
+                    latents = callback_outputs.pop("latents", latents)
+                    source_latents = callback_outputs.pop("source_latents", source_latents)
+                    prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
+                    negative_prompt_embeds = callback_outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
+                    edit_embeds = callback_outputs.pop("edit_embeds", edit_embeds)
+                    negative_edit_embeds = callback_outputs.pop("negative_edit_embeds", negative_edit_embeds)
+                    visual_embeds = callback_outputs.pop("visual_embeds", visual_embeds)
+                    negative_visual_embeds = callback_outputs.pop("negative_visual_embeds", negative_visual_embeds)
+
+                progress_bar.update()
+
+        self._current_timestep = None
+
+        # 9. Decode, cut the repeated frames and go back to the clip's own size
+        if output_type == "latent":
+            video = latents
+        else:
+            mean, std = self._latents_statistics(latents.device)
+            latents = (latents * std + mean).to(get_module_execution_device(self.vae), self.vae.dtype)
+            video = self.vae.decode(latents, return_dict=False)[0]  # (batch, 3, frames, height, width)
+            video = video[:, :, :num_frames].float()
+            if height is None and width is None:
+                frames = resize_frames(video.transpose(1, 2).flatten(0, 1), (source_height, source_width))
+                video = frames.unflatten(0, (num_outputs, num_frames)).transpose(1, 2)
+            video = self.video_processor.postprocess_video(video, output_type=output_type)
+
+        # Offload all models
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (video,)
+
+        return RVEDiTPipelineOutput(frames=video)
+
+
+def _repeat(rows: torch.Tensor, num_outputs: int) -> torch.Tensor:
+    # Outputs of one sample are neighbours. One row serves all.
+    return rows.repeat_interleave(num_outputs // rows.shape[0], dim=0)
+
+
+def _check_texts(name: str, value) -> None:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or any(not isinstance(text, str) for text in texts):
+        raise TypeError(f"`{name}` has to be a string or a list of strings, got {value!r}.")
+    if len(texts) == 0:
+        raise ValueError(f"`{name}` has to hold at least one text, got {value!r}.")
+
+
+def _check_tensor(name: str, value, shape: tuple[int | str, ...], is_bool: bool = False) -> None:
+    if value is None:
+        return
+    kind = "bool" if is_bool else "floating point"
+    if not torch.is_tensor(value):
+        raise TypeError(f"`{name}` has to be a {kind} tensor, got {type(value).__name__}.")
+    fits = value.ndim == len(shape) and all(
+        size == expected or isinstance(expected, str) for size, expected in zip(value.shape, shape)
+    )
+    if not fits or 0 in value.shape or (value.dtype != torch.bool if is_bool else not value.is_floating_point()):
+        raise ValueError(
+            f"`{name}` has to be a {kind} tensor of shape ({', '.join(map(str, shape))}), got {value.dtype} of"
+            f" {tuple(value.shape)}."
+        )

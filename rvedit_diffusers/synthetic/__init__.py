@@ -1,0 +1,26 @@
+"""The procedural benchmark: scenes with exact edit targets, rendered on the fly from a seed."""
+
+from .backgrounds import TEST_PHOTOS, TRAIN_PHOTOS
+from .edits import OPERATIONS, Edit, SyntheticEdits, referring_expressions
+from .metrics import judge, outside_psnr, psnr
+from .scenes import COLOURS, GRADES, SHAPES, Scene, SceneObject, render, sample_scene
+
+
+__all__ = [
+    "COLOURS",
+    "Edit",
+    "GRADES",
+    "OPERATIONS",
+    "SHAPES",
+    "Scene",
+    "SceneObject",
+    "SyntheticEdits",
+    "TEST_PHOTOS",
+    "TRAIN_PHOTOS",
+    "judge",
+    "outside_psnr",
+    "psnr",
+    "referring_expressions",
+    "render",
+    "sample_scene",
+]

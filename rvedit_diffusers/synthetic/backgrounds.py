@@ -1,0 +1,124 @@
+"""Moving backgrounds: photographs that ship inside scikit-image and scikit-learn, procedural textures and gradients."""
+
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+# Photographs by file; the held-out ones never appear in training data.
+TRAIN_PHOTOS = (
+    "skimage/data/astronaut.png",
+    "skimage/data/chelsea.png",
+    "skimage/data/rocket.jpg",
+    "skimage/data/motorcycle_left.png",
+    "skimage/data/hubble_deep_field.jpg",
+    "skimage/data/ihc.png",
+    "skimage/data/camera.png",
+    "skimage/data/brick.png",
+    "skimage/data/grass.png",
+    "skimage/data/gravel.png",
+    "sklearn/datasets/images/flower.jpg",
+)
+TEST_PHOTOS = ("skimage/data/coffee.png", "sklearn/datasets/images/china.jpg")
+BACKGROUNDS = ("photo", "texture", "gradient")
+
+
+@lru_cache(maxsize=None)
+def load_photo(name: str, short_side: int = 320) -> Image.Image:
+    """Open a packaged photograph as RGB.
+
+    Args:
+        name (`str`): An entry of `TRAIN_PHOTOS` or `TEST_PHOTOS`, `package/path/inside/it`.
+        short_side (`int`): The photograph is shrunk until its shorter side has at most this many pixels.
+
+    Raises:
+        ModuleNotFoundError: The package that carries the photograph is not installed.
+    """
+    package, _, inside = name.partition("/")
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ModuleNotFoundError(
+            f"the photograph {name!r} ships inside `{package}`: install it with `pip install rvedit_diffusers[train]`"
+        )
+    photo = Image.open(Path(spec.submodule_search_locations[0]) / inside).convert("RGB")
+    factor = min(1.0, short_side / min(photo.size))
+    return photo.resize([round(side * factor) for side in photo.size], Image.Resampling.LANCZOS)
+
+
+def render_photo(rng: np.random.Generator, num_frames: int, height: int, width: int, photos) -> np.ndarray:
+    """Pan and zoom over a photograph, mirrored and recoloured at random. Returns `(frames, height, width, 3)` in [0, 1]."""
+    photo = load_photo(photos[rng.integers(len(photos))])
+    if rng.random() < 0.5:
+        photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    largest = min(photo.width / width, photo.height / height)
+    zoom = largest * rng.uniform(0.35, 1.0) * np.linspace(1.0, rng.uniform(0.88, 1.0), num_frames)
+    room = np.array([photo.width - zoom.max() * width, photo.height - zoom.max() * height])
+    start = rng.uniform(0.0, 1.0, 2) * room
+    # at most a tenth of the view over the clip
+    end = np.clip(start + rng.uniform(-0.1, 0.1, 2) * zoom[0] * np.array([width, height]), 0.0, room)
+    frames = []
+    for index in range(num_frames):
+        # rounding may not leave the picture
+        left, top = np.maximum(start + (end - start) * index / max(num_frames - 1, 1), 0.0)
+        box = (left, top, min(left + zoom[index] * width, photo.width), min(top + zoom[index] * height, photo.height))
+        frames.append(np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=box)))
+    clip = np.stack(frames).astype(np.float32) / 255.0
+    gain = rng.uniform(0.75, 1.15, 3) if rng.random() < 0.5 else np.full(3, rng.uniform(0.75, 1.15))
+    return np.clip(clip * gain.astype(np.float32), 0.0, 1.0)
+
+
+def render_texture(rng: np.random.Generator, num_frames: int, height: int, width: int) -> np.ndarray:
+    """Drifting sums of plane waves in two colours. Returns `(frames, height, width, 3)` in [0, 1]."""
+    y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
+    time = np.linspace(0.0, 1.0, num_frames)[:, None, None]
+    field = np.zeros((num_frames, height, width))
+    for _ in range(rng.integers(1, 5)):
+        angle, frequency = rng.uniform(0.0, np.pi), rng.uniform(1.0, 7.0)
+        wave = 2 * np.pi * frequency * (np.cos(angle) * x + np.sin(angle) * y) + rng.uniform(0.0, 2 * np.pi)
+        field += rng.uniform(0.3, 1.0) * np.sin(wave[None] + rng.uniform(-2.0, 2.0) * time)
+    if rng.random() < 0.3:
+        field = np.tanh(4.0 * field)
+    field = (field - field.min()) / max(np.ptp(field), 1e-6)
+    return mix_colours(rng, field)
+
+
+def render_gradient(rng: np.random.Generator, num_frames: int, height: int, width: int) -> np.ndarray:
+    """A linear blend of two colours, slowly turning. Returns `(frames, height, width, 3)` in [0, 1]."""
+    y, x = np.meshgrid(np.linspace(-0.5, 0.5, height), np.linspace(-0.5, 0.5, width), indexing="ij")
+    angle = rng.uniform(0.0, 2 * np.pi) + np.linspace(0.0, rng.uniform(-0.6, 0.6), num_frames)[:, None, None]
+    field = np.clip(0.5 + (np.cos(angle) * x + np.sin(angle) * y) * rng.uniform(0.6, 1.2), 0.0, 1.0)
+    return mix_colours(rng, field)
+
+
+def mix_colours(rng: np.random.Generator, field: np.ndarray) -> np.ndarray:
+    # muted colours: saturated ones are left to the objects
+    first, second = rng.uniform(0.15, 0.85) + rng.uniform(-0.15, 0.15, (2, 3))
+    second = np.clip(second + rng.choice([-1.0, 1.0]) * rng.uniform(0.1, 0.35), 0.0, 1.0)
+    return (first + (second - first) * field[..., None]).clip(0.0, 1.0).astype(np.float32)
+
+
+def render_background(
+    kind: str, seed: int, num_frames: int, height: int, width: int, photos: tuple[str, ...] = TRAIN_PHOTOS
+) -> np.ndarray:
+    """Render a background that is a function of its arguments alone.
+
+    Args:
+        kind (`str`): One of `BACKGROUNDS`.
+        seed (`int`): Chooses picture, path and colours.
+        num_frames, height, width (`int`): The clip, in frames and pixels.
+        photos (`tuple[str, ...]`): The photographs that a `photo` background may show.
+
+    Returns:
+        `np.ndarray` of shape `(num_frames, height, width, 3)`, float32 in [0, 1].
+    """
+    rng = np.random.default_rng(seed)
+    if kind == "photo":
+        return render_photo(rng, num_frames, height, width, photos)
+    if kind == "texture":
+        return render_texture(rng, num_frames, height, width)
+    if kind == "gradient":
+        return render_gradient(rng, num_frames, height, width)
+    raise ValueError(f"`kind` of background has to be one of {BACKGROUNDS}, but is {kind!r}")

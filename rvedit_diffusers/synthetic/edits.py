@@ -1,0 +1,180 @@
+"""Edits of scenes: operation, instruction with a referring expression, exact target and mask."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from .backgrounds import TRAIN_PHOTOS
+from .scenes import COLOURS, GRADES, SHAPES, SIZES, Scene, coverage, render, sample_scene
+
+
+OPERATIONS = ("recolour", "remove", "replace", "grade")
+TEMPLATES = {
+    "recolour": ("make {ref} {colour}", "change the color of {ref} to {colour}", "turn {ref} {colour}"),
+    "remove": ("remove {ref}", "delete {ref}", "take {ref} away"),
+    "replace": ("replace {ref} with a {colour} {shape}", "turn {ref} into a {colour} {shape}"),
+    "grey": ("make the video black and white", "remove all color from the video", "turn the whole video grey"),
+    "warm": ("make the video warmer", "give the video a warm look", "make the colors of the video warm"),
+    "cold": ("make the video colder", "give the video a cold look", "make the colors of the video cold"),
+    "bright": ("make the video brighter", "brighten the whole video", "give the video a bright look"),
+    "dark": ("make the video darker", "darken the whole video", "give the video a dark look"),
+}
+MARGIN = 0.12  # of the width: how far the leftmost object is ahead of the next, in every frame
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of one scene.
+
+    Attributes:
+        operation (`str`): One of `OPERATIONS`.
+        instruction (`str`): What a user would type.
+        scene, edited (`Scene`): The scene graph before and after; both render exactly.
+        target (`int`, *optional*): Index of the edited object in `scene.objects`; `None` for a grade.
+        value (`tuple[str, ...]`): The new colour; the new colour and shape; or the grade.
+    """
+
+    operation: str
+    instruction: str
+    scene: Scene
+    edited: Scene
+    target: int | None
+    value: tuple[str, ...]
+
+    @cached_property
+    def source_frames(self) -> np.ndarray:
+        """`(frames, height, width, 3)` uint8."""
+        return render(self.scene)
+
+    @cached_property
+    def target_frames(self) -> np.ndarray:
+        """`(frames, height, width, 3)` uint8."""
+        return render(self.edited)
+
+    @cached_property
+    def mask(self) -> np.ndarray:
+        """`(frames, height, width)` bool: the pixels that the edit changes by more than 2 of 255."""
+        if self.operation == "grade":
+            return np.ones(self.source_frames.shape[:3], bool)
+        return np.abs(self.source_frames.astype(np.int16) - self.target_frames).max(-1) > 2
+
+    def wrong_candidates(self) -> dict[str, Scene]:
+        """The scenes that a wrong edit would give, by failure label.
+
+        The same operation on each other object (`wrong object`), or each other grade (`wrong value`).
+        """
+        if self.operation == "grade":
+            return {
+                f"wrong value: {grade}": replace(self.scene, grade=grade) for grade in GRADES if grade not in self.value
+            }
+        others = [index for index in range(len(self.scene.objects)) if index != self.target]
+        return {f"wrong object: {index}": apply(self.scene, self.operation, index, self.value) for index in others}
+
+
+def apply(scene: Scene, operation: str, target: int | None, value: tuple[str, ...]) -> Scene:
+    """Edit a scene graph; see [`Edit`] for the arguments."""
+    if operation == "grade":
+        return replace(scene, grade=value[0])
+    if operation == "remove":
+        return scene.with_object(target, None)
+    if operation == "recolour":
+        return scene.with_object(target, replace(scene.objects[target], colour=value[0]))
+    if operation == "replace":
+        return scene.with_object(target, replace(scene.objects[target], colour=value[0], shape=value[1]))
+    raise ValueError(f"`operation` has to be one of {OPERATIONS}, but is {operation!r}")
+
+
+def visible_share(scene: Scene, index: int) -> np.ndarray:
+    """Share of object `index` that is in front of all others, per frame: `(frames,)` in [0, 1]."""
+    own = coverage(scene, index)
+    free = own.copy()
+    for other in range(index + 1, len(scene.objects)):
+        free = free * (1.0 - coverage(scene, other))
+    return free.sum((1, 2)) / np.maximum(own.sum((1, 2)), 1e-6)
+
+
+def referring_expressions(scene: Scene, index: int) -> list[str]:
+    """Every phrase that names object `index` and no other object of the scene."""
+    thing, others = scene.objects[index], [o for i, o in enumerate(scene.objects) if i != index]
+    phrases = [f"the {thing.colour} {thing.shape}"]
+    if all(o.shape != thing.shape for o in others):
+        phrases.append(f"the {thing.shape}")
+    if all(o.colour != thing.colour for o in others):
+        phrases.append(f"the {thing.colour} object")
+    if all(SIZES[o.size] < SIZES[thing.size] for o in others):
+        phrases.append("the largest object")
+    if all(SIZES[o.size] > SIZES[thing.size] for o in others):
+        phrases.append("the smallest object")
+    if thing.motion != "static" and all(o.motion == "static" for o in others):
+        phrases.append("the moving object")
+    path = np.array(thing.path)
+    for axis, (low, high) in enumerate((("leftmost", "rightmost"), ("topmost", "bottommost"))):
+        gaps = [np.array(o.path)[:, axis] - path[:, axis] for o in others]
+        if all((gap >= MARGIN).all() for gap in gaps):
+            phrases.append(f"the {low} object")
+        if all((gap <= -MARGIN).all() for gap in gaps):
+            phrases.append(f"the {high} object")
+    return phrases
+
+
+def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
+    """Draw an edit of `scene`: its object (visible through most of the clip), value and wording."""
+    if operation == "grade":
+        grade = GRADES[rng.integers(len(GRADES))]
+        instruction = TEMPLATES[grade][rng.integers(len(TEMPLATES[grade]))]
+        return Edit(operation, instruction, scene, apply(scene, operation, None, (grade,)), None, (grade,))
+
+    visible = [i for i in range(len(scene.objects)) if (visible_share(scene, i) > 0.5).mean() >= 0.8]
+    target = int(rng.choice(visible or [len(scene.objects) - 1]))
+    thing, taken = scene.objects[target], {(o.colour, o.shape) for o in scene.objects}
+    value: tuple[str, ...] = ()
+    if operation == "recolour":
+        free = [c for c in COLOURS if c != thing.colour and (c, thing.shape) not in taken]
+        value = (free[rng.integers(len(free))],)
+    elif operation == "replace":
+        free = [(c, s) for c in COLOURS for s in SHAPES if s != thing.shape and (c, s) not in taken]
+        value = free[rng.integers(len(free))]
+    phrases = referring_expressions(scene, target)
+    words = {"ref": phrases[rng.integers(len(phrases))]} | dict(zip(("colour", "shape"), value, strict=False))
+    instruction = TEMPLATES[operation][rng.integers(len(TEMPLATES[operation]))].format(**words)
+    return Edit(operation, instruction, scene, apply(scene, operation, target, value), target, value)
+
+
+class SyntheticEdits:
+    """An endless, indexable list of edits; item `index` is a function of the arguments and `index` alone.
+
+    Args:
+        seed (`int`): Names the list; two seeds share no scene.
+        num_frames, height, width (`int`): The clips, in frames and pixels.
+        operations (`tuple[str, ...]`): Operations to take turns through, some of `OPERATIONS`.
+        edits_per_scene (`int`): How many consecutive items share one scene (and so one source clip).
+        photos (`tuple[str, ...]`): The photographs that backgrounds may show.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        num_frames: int = 17,
+        height: int = 64,
+        width: int = 64,
+        operations: tuple[str, ...] = OPERATIONS,
+        edits_per_scene: int = 1,
+        photos: tuple[str, ...] = TRAIN_PHOTOS,
+    ):
+        unknown = set(operations) - set(OPERATIONS)
+        if not operations or unknown:
+            raise ValueError(f"`operations` has to name some of {OPERATIONS}, but is {operations}")
+        if edits_per_scene < 1:
+            raise ValueError(f"`edits_per_scene` has to be at least 1, but is {edits_per_scene}")
+        self.seed, self.operations, self.edits_per_scene = seed, tuple(operations), edits_per_scene
+        self.scene_arguments = {"num_frames": num_frames, "height": height, "width": width, "photos": tuple(photos)}
+
+    def __getitem__(self, index: int) -> Edit:
+        if index < 0:
+            raise IndexError(f"`index` has to be at least 0, but is {index}")
+        scene_index, variant = divmod(index, self.edits_per_scene)
+        scene_rng = np.random.default_rng([self.seed, scene_index])
+        scene = sample_scene(scene_rng, **self.scene_arguments)
+        operation = self.operations[(scene_index + variant) % len(self.operations)]
+        return sample_edit(np.random.default_rng([self.seed, scene_index, 1 + variant]), scene, operation)

@@ -1,0 +1,186 @@
+"""Scene graphs of moving, coloured shapes, and their exact rendering."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from .backgrounds import BACKGROUNDS, TRAIN_PHOTOS, render_background
+
+
+COLOURS = {
+    "red": (0.86, 0.12, 0.12),
+    "green": (0.10, 0.62, 0.20),
+    "blue": (0.13, 0.25, 0.88),
+    "yellow": (0.96, 0.84, 0.10),
+    "purple": (0.58, 0.16, 0.78),
+    "cyan": (0.12, 0.80, 0.84),
+    "white": (0.97, 0.97, 0.97),
+    "black": (0.04, 0.04, 0.04),
+}
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}  # radius as a share of the shorter side
+MOTIONS = ("static", "linear", "bounce", "orbit")
+GRADES = ("grey", "warm", "cold", "bright", "dark")
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One shape. `path` is its centre over time, `(num_frames, 2)` as (x, y) shares of width and height."""
+
+    shape: str
+    colour: str
+    size: str
+    motion: str
+    path: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A background, objects from back to front, and a colour grade over all.
+
+    `seed` and `background` fix the background; `photos` says which photographs it may show; `grade` is `None` or one of
+    `GRADES`. `render` depends on these fields alone, so an edited scene renders to the exact target.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    background: str
+    seed: int
+    objects: tuple[SceneObject, ...]
+    photos: tuple[str, ...] = TRAIN_PHOTOS
+    grade: str | None = None
+
+    def with_object(self, index: int, new: SceneObject | None) -> "Scene":
+        """The scene with object `index` exchanged for `new`, or without it when `new` is `None`."""
+        objects = list(self.objects)
+        objects[index : index + 1] = [] if new is None else [new]
+        return replace(self, objects=tuple(objects))
+
+
+def sample_path(rng: np.random.Generator, motion: str, num_frames: int, radius: float) -> np.ndarray:
+    time = np.linspace(0.0, 1.0, num_frames)[:, None]
+    low, high = radius * 0.9, 1.0 - radius * 0.9
+    start = rng.uniform(low, high, 2)
+    if motion == "static":
+        path = np.repeat(start[None], num_frames, 0)
+    elif motion == "linear":
+        angle = rng.uniform(0.0, 2 * np.pi)
+        end = np.clip(start + rng.uniform(0.2, 0.45) * np.array([np.cos(angle), np.sin(angle)]), low, high)
+        path = start + (end - start) * time
+    elif motion == "bounce":
+        axis = np.eye(2)[rng.integers(2)]
+        path = start + axis * rng.uniform(0.12, 0.25) * np.abs(np.sin(np.pi * rng.uniform(1.0, 2.0) * time))
+    else:
+        phase = rng.uniform(0.0, 2 * np.pi) + rng.choice([-1.0, 1.0]) * rng.uniform(1.5, 4.0) * time
+        reach = rng.uniform(0.08, 0.16)
+        path = np.clip(start, low + reach, high - reach) + reach * np.concatenate([np.cos(phase), np.sin(phase)], 1)
+    return np.clip(path, low, high)
+
+
+def sample_scene(
+    rng: np.random.Generator,
+    num_frames: int = 17,
+    height: int = 64,
+    width: int = 64,
+    photos: tuple[str, ...] = TRAIN_PHOTOS,
+    num_objects: tuple[int, int] = (2, 4),
+) -> Scene:
+    """Draw a scene: 2 to 4 objects, no two alike, mostly apart from one another, over a random background.
+
+    Args:
+        rng (`np.random.Generator`): The source of every choice.
+        num_frames, height, width (`int`): The clip, in frames and pixels.
+        photos (`tuple[str, ...]`): The photographs that the background may show.
+        num_objects (`tuple[int, int]`): Least and most objects, both included.
+    """
+    objects: list[SceneObject] = []
+    wanted = int(rng.integers(num_objects[0], num_objects[1] + 1))
+    for _ in range(60):
+        if len(objects) == wanted:
+            break
+        size, motion = list(SIZES)[rng.integers(len(SIZES))], MOTIONS[rng.integers(len(MOTIONS))]
+        path = sample_path(rng, motion, num_frames, SIZES[size])
+        shape, colour = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
+        if any((other.shape, other.colour) == (shape, colour) for other in objects):
+            continue
+        # occlusions are allowed for a third of the frames
+        close = [
+            np.linalg.norm(path - np.array(other.path), axis=1) < 0.85 * (SIZES[size] + SIZES[other.size])
+            for other in objects
+        ]
+        if any(frames.mean() > 0.34 for frames in close):
+            continue
+        objects.append(SceneObject(shape, colour, size, motion, tuple(map(tuple, path.tolist()))))
+    background = BACKGROUNDS[rng.choice(3, p=[0.6, 0.25, 0.15])]
+    return Scene(num_frames, height, width, background, int(rng.integers(2**31)), tuple(objects), photos)
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    """Distance to the outline in pixels, negative inside; `x`, `y` are pixel offsets from the centre, y downwards."""
+    if shape == "circle":
+        return np.hypot(x, y) - radius
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.84 * radius
+    if shape == "diamond":
+        return (np.abs(x) + 0.8 * np.abs(y) - 1.05 * radius) / np.hypot(1.0, 0.8)
+    if shape == "triangle":
+        return np.maximum(y - 0.75 * radius, (2.0 * np.abs(x) - y - 1.05 * radius) / np.sqrt(5.0))
+    if shape == "cross":
+        bar = 0.34 * radius
+        upright = np.maximum(np.abs(x) - bar, np.abs(y) - radius)
+        return np.minimum(upright, np.maximum(np.abs(y) - bar, np.abs(x) - radius))
+    if shape == "star":  # five points: a polar outline between the inner and the outer radius
+        angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+        inner, outer = 0.5 * 1.1 * radius, 1.1 * radius
+        tip = np.array([outer, 0.0])
+        notch = inner * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+        normal = np.array([notch[1] - tip[1], tip[0] - notch[0]])
+        normal = normal / np.linalg.norm(normal)
+        distance = np.hypot(x, y)
+        return distance * np.cos(angle) * normal[0] + distance * np.sin(angle) * normal[1] - tip @ normal
+    raise ValueError(f"`shape` has to be one of {SHAPES}, but is {shape!r}")
+
+
+def coverage(scene: Scene, index: int) -> np.ndarray:
+    """Share of every pixel that object `index` covers, before occlusion: `(frames, height, width)` float32 in [0, 1]."""
+    thing = scene.objects[index]
+    radius = SIZES[thing.size] * min(scene.height, scene.width)
+    path = np.asarray(thing.path, dtype=np.float32) * np.array([scene.width, scene.height], np.float32)
+    x = np.arange(scene.width, dtype=np.float32)[None, None, :] + 0.5 - path[:, 0, None, None]
+    y = np.arange(scene.height, dtype=np.float32)[None, :, None] + 0.5 - path[:, 1, None, None]
+    x, y = np.broadcast_arrays(x, y)
+    return np.clip(0.5 - signed_distance(thing.shape, x, y, radius), 0.0, 1.0).astype(np.float32)
+
+
+def grade_frames(frames: np.ndarray, grade: str | None) -> np.ndarray:
+    """Apply a colour grade to `(..., 3)` float frames in [0, 1]."""
+    if grade is None:
+        return frames
+    if grade == "grey":
+        luma = frames @ np.array([0.299, 0.587, 0.114], np.float32)
+        return np.repeat(luma[..., None], 3, -1)
+    if grade == "warm":
+        return np.clip(frames * np.array([1.15, 1.0, 0.65], np.float32) + np.array([0.06, 0.0, 0.0], np.float32), 0, 1)
+    if grade == "cold":
+        return np.clip(frames * np.array([0.65, 0.95, 1.15], np.float32) + np.array([0.0, 0.0, 0.06], np.float32), 0, 1)
+    if grade == "bright":
+        return np.clip(frames * 0.75 + 0.3, 0, 1)
+    if grade == "dark":
+        return frames * 0.45
+    raise ValueError(f"`grade` has to be one of {GRADES}, but is {grade!r}")
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Render a scene.
+
+    Returns:
+        `np.ndarray` of shape `(num_frames, height, width, 3)`, uint8.
+    """
+    frames = render_background(
+        scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos
+    )
+    for index, thing in enumerate(scene.objects):
+        alpha = coverage(scene, index)[..., None]
+        frames = frames + alpha * (np.array(COLOURS[thing.colour], np.float32) - frames)
+    return np.round(grade_frames(frames, scene.grade) * 255.0).astype(np.uint8)

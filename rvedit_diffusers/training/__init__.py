@@ -1,0 +1,1 @@
+"""What the training scripts in `examples/` are made of."""

@@ -1,0 +1,199 @@
+import json
+
+import pytest
+import torch
+from components import build_pipeline, make_clip
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from rvedit_diffusers import RVEDiTPipeline
+
+
+RANK, ALPHA = 4, 12  # their ratio, 3, shows in every output if it is lost
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+FILE = "pytorch_lora_weights.safetensors"
+
+
+def edit(pipe, **kwargs):
+    kwargs = {"generator": torch.Generator().manual_seed(0), "output_type": "latent"} | kwargs
+    return pipe(make_clip(), "make the red ball blue", **kwargs).frames
+
+
+def add_lora(pipe, adapter_name="default", seed=0, **config):
+    config = LoraConfig(
+        **{"r": RANK, "lora_alpha": ALPHA, "target_modules": TARGETS, "init_lora_weights": False} | config
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe.transformer.add_adapter(config, adapter_name=adapter_name)
+    return pipe
+
+
+@pytest.fixture
+def lora_pipe(pipe):
+    return add_lora(pipe)
+
+
+def assert_same(first, second):
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-5)
+
+
+def assert_different(first, second):
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_saved_and_loaded_adapter_gives_the_same_edit(lora_pipe, tmp_path):
+    expected = edit(lora_pipe)
+    RVEDiTPipeline.save_lora_weights(tmp_path, lora_pipe.transformer)
+    fresh = build_pipeline()
+    assert_different(edit(fresh), expected)
+    fresh.load_lora_weights(tmp_path)
+    assert_same(edit(fresh), expected)
+
+
+def test_state_dict_with_metadata_keeps_alpha(lora_pipe, tmp_path):
+    RVEDiTPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(lora_pipe.transformer),
+        transformer_lora_adapter_metadata=lora_pipe.transformer.peft_config["default"].to_dict(),
+    )
+    fresh = build_pipeline()
+    fresh.load_lora_weights(tmp_path)
+    assert fresh.transformer.peft_config["default_0"].lora_alpha == ALPHA
+    assert_same(edit(fresh), edit(lora_pipe))
+
+
+def test_file_is_safetensors_with_prefixed_keys_and_metadata(lora_pipe, tmp_path):
+    lora_pipe.save_lora_weights(tmp_path, lora_pipe.transformer)
+    weights = load_file(tmp_path / FILE)
+    # 2 blocks of 2 attentions with 4 layers each, every one a pair
+    pairs = {key.removesuffix(".weight").rpartition(".lora_")[0] for key in weights}
+    assert len(weights) == 32 and len(pairs) == 16
+    assert "transformer.blocks.0.attn1.to_q" in pairs and "transformer.blocks.1.attn2.to_out.0" in pairs
+    with safe_open(tmp_path / FILE, "pt") as file:
+        metadata = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert metadata["transformer.lora_alpha"] == ALPHA and metadata["transformer.r"] == RANK
+
+
+def test_added_projections_of_the_visual_tokens_take_lora(pipe, tmp_path):
+    expected = edit(pipe)
+    add_lora(pipe, target_modules=["add_k_proj", "add_v_proj"])
+    assert_different(edit(pipe), expected)
+    pipe.save_lora_weights(tmp_path, pipe.transformer)
+    fresh = build_pipeline()
+    fresh.load_lora_weights(tmp_path)
+    assert_same(edit(fresh), edit(pipe))
+
+
+def test_adapter_is_chosen_by_name(pipe, tmp_path):
+    add_lora(pipe, "first", seed=1)
+    add_lora(pipe, "second", seed=2)
+    pipe.set_adapters("first")
+    expected = edit(pipe)
+    pipe.save_lora_weights(tmp_path, pipe.transformer, adapter_name="first")
+    fresh = build_pipeline()
+    fresh.load_lora_weights(tmp_path, adapter_name="loaded")
+    assert fresh.get_list_adapters() == {"transformer": ["loaded"]}
+    assert_same(edit(fresh), expected)
+
+
+def test_unknown_adapter_name_is_named(lora_pipe, tmp_path):
+    with pytest.raises(ValueError, match=r"`adapter_name`.*\['default'\].*'other'"):
+        lora_pipe.save_lora_weights(tmp_path, lora_pipe.transformer, adapter_name="other")
+    assert not list(tmp_path.iterdir())
+
+
+def test_transformer_without_an_adapter_is_an_error(pipe, tmp_path):
+    with pytest.raises(ValueError, match="`adapter_name`"):
+        pipe.save_lora_weights(tmp_path, pipe.transformer)
+
+
+def test_set_adapters_weighs_and_combines(pipe):
+    base = edit(pipe)
+    add_lora(pipe, "first", seed=1)
+    add_lora(pipe, "second", seed=2)
+    pipe.set_adapters("first")
+    first = edit(pipe)
+    pipe.set_adapters(["first", "second"], [1.0, 0.0])
+    assert_same(edit(pipe), first)
+    pipe.set_adapters(["first", "second"])
+    assert pipe.get_active_adapters() == ["first", "second"]
+    assert_different(edit(pipe), first)
+    pipe.set_adapters("first", 0.0)
+    assert_same(edit(pipe), base)
+
+
+def test_attention_kwargs_scale_equals_adapter_weight(lora_pipe):
+    scaled = edit(lora_pipe, attention_kwargs={"scale": 0.5})
+    assert_different(scaled, edit(lora_pipe))
+    lora_pipe.set_adapters("default", 0.5)
+    assert_same(edit(lora_pipe), scaled)
+
+
+def test_scale_zero_equals_the_base(lora_pipe):
+    assert_same(edit(lora_pipe, attention_kwargs={"scale": 0.0}), edit(build_pipeline()))
+
+
+def test_fused_equals_unfused(lora_pipe):
+    expected = edit(lora_pipe)
+    lora_pipe.fuse_lora()
+    assert lora_pipe.num_fused_loras == 1
+    assert_same(edit(lora_pipe), expected)
+    lora_pipe.unfuse_lora()
+    assert lora_pipe.num_fused_loras == 0
+    assert_same(edit(lora_pipe), expected)
+
+
+def test_fused_adapter_can_be_unloaded(lora_pipe):
+    expected = edit(lora_pipe, attention_kwargs={"scale": 0.5})
+    lora_pipe.fuse_lora(lora_scale=0.5)
+    lora_pipe.unload_lora_weights()
+    assert not any("lora" in name for name, _ in lora_pipe.transformer.named_parameters())
+    assert_same(edit(lora_pipe), expected)
+
+
+def test_unloading_restores_the_base(lora_pipe):
+    lora_pipe.unload_lora_weights()
+    assert torch.equal(edit(lora_pipe), edit(build_pipeline()))
+    assert lora_pipe.transformer.state_dict().keys() == build_pipeline().transformer.state_dict().keys()
+
+
+def test_deleting_one_adapter_leaves_the_other(pipe):
+    add_lora(pipe, "first", seed=1)
+    pipe.set_adapters("first")
+    first = edit(pipe)
+    add_lora(pipe, "second", seed=2)
+    pipe.set_adapters(["first", "second"])
+    pipe.delete_adapters("second")
+    assert pipe.get_list_adapters() == {"transformer": ["first"]}
+    assert_same(edit(pipe), first)
+
+
+def test_disabled_lora_equals_the_base(lora_pipe):
+    expected = edit(lora_pipe)
+    lora_pipe.disable_lora()
+    assert_same(edit(lora_pipe), edit(build_pipeline()))
+    lora_pipe.enable_lora()
+    assert_same(edit(lora_pipe), expected)
+
+
+def test_layers_of_wans_names_fit(pipe, tmp_path):
+    from diffusers import WanPipeline, WanTransformer3DModel
+
+    config = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
+    wan = WanTransformer3DModel(**config, num_layers=2, rope_max_seq_len=32)
+    wan.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS, init_lora_weights=False))
+    WanPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(wan),
+        transformer_lora_adapter_metadata=wan.peft_config["default"].to_dict(),
+    )
+    base = edit(pipe)
+    pipe.load_lora_weights(tmp_path)
+    assert_different(edit(pipe), base)
+    loaded = get_peft_model_state_dict(pipe.transformer, adapter_name="default_0")
+    expected = get_peft_model_state_dict(wan)
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())

@@ -1,0 +1,165 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rvedit_diffusers.losses import (
+    AlignmentHead,
+    cosine_alignment_loss,
+    edit_region_weight,
+    flow_matching_loss,
+    infonce_loss,
+    mutual_information_bound,
+    relational_alignment_loss,
+    sample_sigmas,
+    sample_token_positions,
+)
+
+
+def features(seed: int = 0, batch: int = 2, tokens: int = 12, dim: int = 8) -> torch.Tensor:
+    return torch.randn(batch, tokens, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def test_flow_matching_loss_is_zero_at_the_velocity():
+    latents, noise = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+    assert torch.equal(flow_matching_loss(noise - latents, latents, noise), torch.zeros(2))
+
+
+def test_flow_matching_loss_is_taken_per_clip():
+    latents, noise = torch.zeros(2, 4, 3, 2, 2), torch.zeros(2, 4, 3, 2, 2)
+    prediction = torch.stack([torch.ones(4, 3, 2, 2), torch.full((4, 3, 2, 2), 3.0)])
+    torch.testing.assert_close(flow_matching_loss(prediction, latents, noise), torch.tensor([1.0, 9.0]))
+
+
+def test_flow_matching_weight_moves_the_loss_but_not_its_scale():
+    latents, noise = torch.zeros(1, 2, 1, 1, 2), torch.zeros(1, 2, 1, 1, 2)
+    prediction = torch.tensor([1.0, 0.0]).expand(1, 2, 1, 1, 2)
+    weight = torch.tensor([3.0, 1.0]).view(1, 1, 1, 1, 2)
+    torch.testing.assert_close(flow_matching_loss(prediction, latents, noise, weight), torch.tensor([0.75]))
+    ones = torch.ones_like(prediction)
+    torch.testing.assert_close(flow_matching_loss(ones, latents, noise, weight), torch.tensor([1.0]))
+
+
+def test_edit_region_weight_is_one_where_nothing_changes():
+    source = torch.randn(1, 4, 2, 3, 3)
+    latents = source.clone()
+    latents[:, :, 1, 0, 0] += 2.0
+    weight = edit_region_weight(latents, source, strength=5.0)
+    assert weight[0, 0, 1, 0, 0] == 6.0
+    weight[0, 0, 1, 0, 0] = 1.0
+    assert torch.equal(weight, torch.ones(1, 1, 2, 3, 3))
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_sigmas_are_a_shifted_logit_normal(shift):
+    sigmas = sample_sigmas(20000, shift, torch.Generator().manual_seed(0))
+    assert sigmas.min() > 0 and sigmas.max() < 1
+    # the shift acts on the odds
+    logits = torch.logit(sigmas.double()) - math.log(shift)
+    assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
+
+
+def test_sigmas_refuse_a_shift_that_is_not_positive():
+    with pytest.raises(ValueError, match="`shift`.*0"):
+        sample_sigmas(2, shift=0.0)
+
+
+def test_infonce_equals_cross_entropy_over_the_clip():
+    queries, keys = features(0), features(1)
+    logits = F.normalize(queries, dim=-1) @ F.normalize(keys, dim=-1).transpose(1, 2) / 0.1
+    expected = torch.stack([F.cross_entropy(clip, torch.arange(12)) for clip in logits])
+    torch.testing.assert_close(infonce_loss(queries, keys, temperature=0.1), expected)
+
+
+@pytest.mark.parametrize("with_ignored", [False, True])
+@pytest.mark.parametrize("chunk_size", [1, 5, 12, 100])
+def test_chunked_infonce_equals_dense(chunk_size, with_ignored):
+    distance = (torch.arange(12)[:, None] - torch.arange(12)).abs()
+    ignored = distance == 1 if with_ignored else None
+    results = []
+    for size in (None, chunk_size):
+        queries, keys = features(0).requires_grad_(), features(1).requires_grad_()
+        loss = infonce_loss(queries, keys, ignored=ignored, chunk_size=size)
+        loss.sum().backward()
+        results.append((loss.detach(), queries.grad, keys.grad))
+    for dense, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, dense, atol=1e-6, rtol=1e-5)
+
+
+def test_ignored_pairs_do_not_count_as_negatives():
+    queries, keys = features(0), features(1)
+    ignored = torch.zeros(12, 12, dtype=torch.bool)
+    ignored[:, 7] = True
+    ignored[7, 7] = False
+    before = infonce_loss(queries, keys, ignored=ignored)
+    moved = keys.clone()
+    moved[:, 7] = torch.randn(2, 8)
+    rows = [i for i in range(12) if i != 7]
+    after = infonce_loss(queries, moved, ignored=ignored)
+    # only row 7, whose positive moved, may have changed
+    assert not torch.equal(before, after)
+    kept = ignored[rows][:, rows]
+    torch.testing.assert_close(
+        infonce_loss(queries[:, rows], keys[:, rows], ignored=kept),
+        infonce_loss(queries[:, rows], moved[:, rows], ignored=kept),
+    )
+
+
+def test_information_bound_reaches_its_ceiling_for_identical_features():
+    same = torch.eye(16).unsqueeze(0)
+    bound = mutual_information_bound(infonce_loss(same, same, temperature=0.01), 16)
+    torch.testing.assert_close(bound, torch.tensor([math.log(16)]))
+
+
+def test_information_bound_of_unrelated_features_is_not_positive():
+    queries, keys = features(0, 64, 32, 64), features(1, 64, 32, 64)
+    assert mutual_information_bound(infonce_loss(queries, keys), 32).mean() < 0.05
+
+
+def test_infonce_is_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = infonce_loss(features(0).bfloat16(), features(1).bfloat16())
+    exact = infonce_loss(features(0).bfloat16(), features(1).bfloat16())
+    assert loss.dtype == torch.float32 and torch.equal(loss, exact)
+
+
+def test_infonce_refuses_features_of_another_shape():
+    with pytest.raises(ValueError, match="`keys`"):
+        infonce_loss(features(0), features(1, tokens=5))
+
+
+@pytest.mark.parametrize("loss", [cosine_alignment_loss, relational_alignment_loss])
+def test_losses_without_negatives_vanish_for_equal_features_and_leave_the_reference_alone(loss):
+    queries, keys = features(0).requires_grad_(), features(1).requires_grad_()
+    torch.testing.assert_close(loss(queries, queries), torch.zeros(2), atol=1e-6, rtol=0)
+    loss(queries, keys).sum().backward()
+    assert queries.grad.abs().sum() > 0 and keys.grad is None
+
+
+def test_relational_loss_ignores_a_common_rotation():
+    rotation = torch.linalg.qr(torch.randn(8, 8))[0]
+    queries = features(0)
+    torch.testing.assert_close(relational_alignment_loss(queries, queries @ rotation), torch.zeros(2))
+    assert cosine_alignment_loss(queries, queries @ rotation).mean() > 0.3
+
+
+def test_training_the_head_raises_the_information_between_noisy_views():
+    torch.manual_seed(0)
+    content, head = torch.randn(4, 24, 16), AlignmentHead(16, 32, 8)
+    views = [torch.cat([content, torch.randn(4, 24, 16)], -1) @ torch.randn(32, 16) for _ in range(2)]
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    bounds = []
+    for _ in range(60):
+        loss = infonce_loss(head(views[0]), head(views[1])).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bounds.append(mutual_information_bound(loss.detach(), 24).item())
+    assert bounds[-1] > bounds[0] + 0.3
+
+
+def test_token_positions_are_distinct_and_repeatable():
+    draws = [sample_token_positions(50, 20, torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*draws) and len(draws[0].unique()) == 20
+    assert torch.equal(sample_token_positions(5, 20), torch.arange(5))

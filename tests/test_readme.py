@@ -1,0 +1,72 @@
+"""What the documents show is run: Python as it stands, in order; of shell lines, that target or options exist."""
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from components import make_clip
+from huggingface_hub import ModelCard
+
+from rvedit_diffusers.video import write_video
+
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "MODEL_CARD.md")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def shell_lines() -> list[str]:
+    text = "\n".join(block for document in DOCUMENTS for block in blocks(document, "bash"))
+    lines = text.replace("\\\n", " ").splitlines()
+    return sorted({line.split("#")[0].strip() for line in lines} - {""})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_python_blocks_run(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video("clip.mp4", make_clip(5, 64, 64), 25)
+    names = {}
+    snippets = blocks(document, "python")
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, document, "exec"), names)
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("make ")])
+def test_make_targets_exist(line):
+    subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("python ")])
+def test_options_of_scripts_exist(line, monkeypatch, capsys):
+    _, script, *arguments = shlex.split(line)
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    named = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}
+    assert named <= set(re.findall(r"--\w+", capsys.readouterr().out))
+
+
+def test_no_other_shell_lines():
+    assert [line for line in shell_lines() if not line.startswith(("make ", "python "))] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_to_files_lead_somewhere(document):
+    text = (ROOT / document).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if not link.startswith("http")]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_model_card_metadata():
+    data = ModelCard.load(ROOT / "MODEL_CARD.md").data
+    assert data.license == "apache-2.0"
+    assert data.library_name == "diffusers"
+    assert data.pipeline_tag == "video-to-video"

@@ -1,0 +1,142 @@
+import hashlib
+
+import numpy as np
+import pytest
+
+from rvedit_diffusers.synthetic import (
+    GRADES,
+    OPERATIONS,
+    Scene,
+    SceneObject,
+    SyntheticEdits,
+    judge,
+    outside_psnr,
+    psnr,
+    referring_expressions,
+    render,
+)
+
+
+EDITS = SyntheticEdits(11, num_frames=5)
+
+
+def scene(*objects: SceneObject, **changes) -> Scene:
+    return Scene(**{"num_frames": 2, "height": 64, "width": 64, "background": "gradient", "seed": 1, "objects": objects} | changes)
+
+
+def thing(x: float, y: float, shape="circle", colour="red", size="medium", motion="static") -> SceneObject:
+    return SceneObject(shape, colour, size, motion, ((x, y), (x, y)))
+
+
+def test_items_are_functions_of_seed_and_index():
+    again = SyntheticEdits(11, num_frames=5)
+    for index in (5, 2):
+        assert again[index] == EDITS[index]
+        assert np.array_equal(again[index].source_frames, EDITS[index].source_frames)
+    assert SyntheticEdits(12, num_frames=5)[2] != EDITS[2]
+
+
+def test_rendering_is_the_same_on_every_machine():
+    edit = SyntheticEdits(3, num_frames=3)[4]
+    digest = hashlib.sha256(edit.source_frames.tobytes() + edit.target_frames.tobytes()).hexdigest()
+    assert digest == hashlib.sha256(render(edit.scene).tobytes() + render(edit.edited).tobytes()).hexdigest()
+
+
+def test_every_kind_takes_its_turn():
+    assert [EDITS[index].operation for index in range(8)] == [*OPERATIONS, *OPERATIONS]
+
+
+def test_edits_of_one_scene_share_its_source():
+    shared = SyntheticEdits(11, num_frames=5, edits_per_scene=4)
+    assert len({shared[index].scene for index in range(4)}) == 1
+    assert {shared[index].operation for index in range(4)} == set(OPERATIONS)
+    assert shared[4].scene != shared[3].scene
+
+
+@pytest.mark.parametrize("index", range(24))
+def test_nothing_changes_outside_the_mask_and_something_inside(index):
+    edit = EDITS[index]
+    difference = np.abs(edit.source_frames.astype(int) - edit.target_frames).max(-1)
+    assert difference[~edit.mask].max(initial=0) <= 2
+    assert difference[edit.mask].mean() > 2
+    assert edit.source_frames.shape == (5, 64, 64, 3) and edit.source_frames.dtype == np.uint8
+
+
+def test_removed_object_uncovers_what_is_behind():
+    behind, front = thing(0.5, 0.5, "square", "blue", "large"), thing(0.5, 0.5)
+    both = scene(behind, front)
+    assert np.array_equal(render(both.with_object(1, None)), render(scene(behind)))
+    assert render(both)[0, 32, 32, 0] > 200 and render(scene(behind))[0, 32, 32, 2] > 200
+
+
+def test_grey_has_no_colour_left():
+    frames = render(scene(thing(0.5, 0.5), grade="grey"))
+    assert np.ptp(frames, axis=-1).max() == 0
+
+
+def test_referring_expressions_hold_in_every_frame():
+    left, right = thing(0.2, 0.5), thing(0.6, 0.5, "square", "blue", "large")
+    phrases = referring_expressions(scene(left, right), 0)
+    assert {"the red circle", "the circle", "the red object", "the smallest object", "the leftmost object"} <= set(phrases)
+    assert "the topmost object" not in phrases
+    crossing = SceneObject("square", "blue", "large", "linear", ((0.6, 0.5), (0.1, 0.5)))
+    assert "the leftmost object" not in referring_expressions(scene(left, crossing), 0)
+
+
+@pytest.mark.parametrize("index", range(40))
+def test_instruction_names_one_object(index):
+    edit = EDITS[index]
+    if edit.operation == "grade":
+        assert edit.value[0] in GRADES
+        return
+    phrases = {phrase: i for i in range(len(edit.scene.objects)) for phrase in referring_expressions(edit.scene, i)}
+    named = {target for phrase, target in phrases.items() if phrase in edit.instruction}
+    assert named == {edit.target}
+    assert all(word in edit.instruction for word in edit.value)
+
+
+@pytest.mark.parametrize("index", range(16))
+def test_truth_passes_and_wrong_edits_fail(index):
+    edit = EDITS[index]
+    assert judge(edit.target_frames, edit) == "success"
+    assert judge(edit.source_frames, edit) == "no edit"
+    for label, wrong in edit.wrong_candidates().items():
+        assert judge(render(wrong), edit) == label
+
+
+@pytest.mark.parametrize("kind", [o for o in OPERATIONS if o != "grade"])
+def test_editing_every_object_at_once_fails(kind):
+    edit = SyntheticEdits(5, num_frames=5, operations=(kind,))[0]
+    everything = edit.target_frames.copy()
+    for wrong in edit.wrong_candidates().values():
+        changed = np.abs(render(wrong).astype(int) - edit.source_frames).max(-1) > 2
+        everything[changed] = render(wrong)[changed]
+    assert judge(everything, edit) != "success"
+
+
+def test_outside_psnr_sees_only_what_was_to_stay():
+    edit = SyntheticEdits(5, num_frames=5, operations=("remove",))[0]
+    assert outside_psnr(edit.source_frames, edit) > 40
+    damaged = edit.target_frames.copy()
+    damaged[~edit.mask] = 255 - damaged[~edit.mask]
+    assert outside_psnr(damaged, edit) < 20
+
+
+def test_psnr_of_a_known_error():
+    black = np.zeros((1, 4, 4, 3), np.uint8)
+    assert psnr(black + np.uint8(255), black) == pytest.approx(0.0)
+    assert psnr(black + np.uint8(51), black) == pytest.approx(20 * np.log10(5))
+
+
+@pytest.mark.parametrize(
+    "arguments, name",
+    [({"operations": ("paint",)}, "operations"), ({"operations": ()}, "operations"), ({"edits_per_scene": 0}, "edits_per_scene")],
+)
+def test_wrong_lists_are_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        SyntheticEdits(0, **arguments)
+
+
+def test_judge_refuses_clips_of_another_size():
+    with pytest.raises(ValueError, match="`frames`"):
+        judge(EDITS[0].source_frames[:2], EDITS[0])
