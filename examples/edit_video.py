@@ -20,11 +20,13 @@ import transformers
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 from rvedit_diffusers.clips import resize_frames
-from rvedit_diffusers.synthetic import demo_item
+from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, write_video
 
 
 DEMO_FOLDER = Path("out/demo")
+DEMO_FPS = 8
+DEMO_FPS = 8
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -181,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.video is None:
         if args.output is not None or args.compare is not None:
             parser.error(f"--output and --compare need VIDEO and PROMPT; the demo writes to {DEMO_FOLDER}")
-        item = demo_item()
-        prompt, fps, frames = item.instruction, item.fps, item.source[: args.num_frames]
+        demo = demo_edit()
+        prompt, fps, frames = demo.instruction, DEMO_FPS, demo.source_frames[: args.num_frames]
         print(f'demo clip: "{prompt}"')
     else:
         args.output = args.output or Path(f"{Path(args.video).stem}_edited.mp4")
@@ -206,7 +208,9 @@ def main(argv: list[str] | None = None) -> None:
             written = [DEMO_FOLDER / name for name in ("source.mp4", "edited.mp4", "compare.png")]
             write_video(written[0], frames, fps)
             write_video(written[1], edited, fps)
-            write_strip(written[2], {"source": frames, "edited": edited, "true edit": item.target[: args.num_frames]})
+            write_strip(
+                written[2], {"source": frames, "edited": edited, "true edit": demo.target_frames[: args.num_frames]}
+            )
         else:
             written = [args.output]
             write_video(args.output, edited, fps, audio_from=clip.path, audio_start=clip.start_time)

@@ -1,6 +1,6 @@
 """Score a pipeline on synthetic edits that it has never seen: one line for each kind of edit.
 
-    python examples/evaluate.py --seed 1234
+python examples/evaluate.py --seed 1234
 """
 
 import argparse

@@ -34,13 +34,16 @@ from rvedit_diffusers.training.checkpoint import load_training_state, save_train
 from rvedit_diffusers.training.plots import plot_losses
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="JSON file with values for any of the options below")
     parser.add_argument("--model", type=Path, required=True, help="folder of the pipeline to train")
     parser.add_argument("--output", type=Path, required=True, help="folder for pipeline, checkpoint, log and curves")
     parser.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; OUTPUT/cache by default")
-    parser.add_argument("--num_pairs", type=int, default=8192, help="synthetic pairs to train on")
+    parser.add_argument("--num_pairs", type=int, default=8192, help="synthetic pairs to train on, a multiple of 32")
+    parser.add_argument("--num_frames", type=int, default=17, help="frames of a clip")
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--edits_per_scene", type=int, default=4, help="pairs that share a source clip")
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
@@ -49,7 +52,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--sigma_shift", type=float, default=1.0, help="shift of the noise levels")
-    parser.add_argument("--edit_weight", type=float, default=0.0, help="extra weight of latent cells that an edit changes")
+    parser.add_argument(
+        "--edit_weight", type=float, default=0.0, help="extra weight of latent cells that an edit changes"
+    )
     parser.add_argument("--drop_instruction", type=float, default=0.1, help="share trained without instruction")
     parser.add_argument("--drop_all", type=float, default=0.1, help="share trained without instruction and source")
     parser.add_argument("--align_weight", type=float, default=0.05, help="0 trains without the reference branch")
@@ -67,14 +72,14 @@ def parse_args() -> argparse.Namespace:
     # options given on the command line go before those of the file
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path)
-    config = first.parse_known_args()[0].config
+    config = first.parse_known_args(argv)[0].config
     if config is not None:
         values = json.loads(config.read_text())
         unknown = set(values) - {action.dest for action in parser._actions}
         if unknown:
             parser.error(f"--config {config} sets unknown options: {', '.join(sorted(unknown))}")
         parser.set_defaults(**values)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.minutes is None and args.steps < 1:
         parser.error(f"--steps has to be at least 1, but is {args.steps}")
     if not (args.model / "model_index.json").is_file():
@@ -158,22 +163,26 @@ def sample_batch(data: dict, empty: dict, args, step: int, rank: int, num_proces
     return batch, noise, sigmas, positions
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # several processes on CPUs are only found when told
         mixed_precision=args.mixed_precision,
         # the alignment heads rest in steps without the reference branch
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    args.output.mkdir(parents=True, exist_ok=True)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(args.seed)
     pipe = RVEDiTPipeline.from_pretrained(args.model).to(device)
     patch_volume = math.prod(pipe.transformer.config.patch_size)
 
     # 1. Data, encoded once by the frozen parts
-    edits = SyntheticEdits(args.seed + 20, edits_per_scene=args.edits_per_scene)
+    size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
+    edits = SyntheticEdits(args.seed + 20, **size, edits_per_scene=args.edits_per_scene)
     cache_dir = args.cache_dir or args.output / "cache"
-    paths = fill_cache(pipe, edits, args.num_pairs, cache_dir, rank=rank, num_processes=num_processes)
+    with accelerator.autocast():
+        paths = fill_cache(pipe, edits, args.num_pairs, cache_dir, rank=rank, num_processes=num_processes)
     accelerator.wait_for_everyone()
     data = load_cache(paths)
     length = pipe.tokenizer.model_max_length
@@ -181,6 +190,10 @@ def main() -> None:
     empty = {name: empty[name] for name in ("input_ids", "attention_mask")}
 
     # 2. What learns
+    if device.type == "cpu":
+        # the fused CPU kernel's backward pass costs twice that of plain matrix products
+        pipe.transformer.set_attention_backend("_native_math")
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     num_layers = pipe.transformer.config.num_layers
     align_blocks = args.align_blocks or [num_layers // 3]
     branches = EditingBranches(pipe, align_blocks, args.align_temperature).to(device)
@@ -245,10 +258,17 @@ def main() -> None:
         if step % args.log_every == 0 and main_process:
             flow, align_total, align_count = sums.tolist()
             sums.zero_()
-            entry = {"step": step, "progress": progress, "lr": args.learning_rate * rate, "flow": flow / args.log_every}
+            entry = {
+                "step": step,
+                "progress": progress,
+                "lr": args.learning_rate * rate,
+                "flow": flow / args.log_every,
+            }
             if align_count:
                 entry["align"] = align_total / align_count
-                entry["information_nats"] = mutual_information_bound(torch.tensor(entry["align"]), len(positions)).item()
+                entry["information_nats"] = mutual_information_bound(
+                    torch.tensor(entry["align"]), len(positions)
+                ).item()
                 entry["information_ceiling_nats"] = math.log(len(positions))
             log.write(json.dumps(entry) + "\n")
             log.flush()

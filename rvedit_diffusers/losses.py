@@ -108,7 +108,7 @@ def infonce_loss(
     ignored: torch.Tensor | None = None,
     chunk_size: int | None = None,
 ) -> torch.Tensor:
-    """InfoNCE (arXiv 1807.03748, eq. 4): token `i` of the one branch has to find token `i` of the other among its clip's.
+    """InfoNCE (arXiv 1807.03748, eq. 4): token `i` of one branch has to find token `i` of the other in its clip.
 
     Args:
         queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`): Projected features of the editing and of the
@@ -124,7 +124,9 @@ def infonce_loss(
         from below, see [`mutual_information_bound`].
     """
     if queries.shape != keys.shape:
-        raise ValueError(f"`keys` has to have the shape of `queries`, {tuple(queries.shape)}, but has {tuple(keys.shape)}")
+        raise ValueError(
+            f"`keys` has to have the shape of `queries`, {tuple(queries.shape)}, but has {tuple(keys.shape)}"
+        )
     queries, keys = F.normalize(queries.float(), dim=-1), F.normalize(keys.float(), dim=-1)
     with torch.autocast(queries.device.type, enabled=False):
         if chunk_size is None:

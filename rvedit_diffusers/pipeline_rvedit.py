@@ -68,12 +68,15 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`] or [`~diffusers.UniPCMultistepScheduler`]):
             Integrates the flow. UniPC needs `prediction_type="flow_prediction"` and `use_flow_sigmas=True`.
         default_num_inference_steps (`int`, defaults to 50):
-            `num_inference_steps` of a call that gives none. Kept in `model_index.json`, as are the next two, so that a
-            checkpoint brings the settings it was tuned for.
+            `num_inference_steps` of a call that gives none. Kept in `model_index.json`, as are the next three, so that
+            a checkpoint brings the settings it was tuned for.
         default_guidance_scale (`float`, defaults to 5.0):
             `guidance_scale` of a call that gives none.
         default_source_guidance_scale (`float`, defaults to 1.0):
             `source_guidance_scale` of a call that gives none.
+        default_max_area (`int`, *optional*):
+            Clips of more pixels a frame are edited at about this area, in their own aspect ratio, by a call that gives
+            neither `height` nor `width`. `None` edits every clip at its own size.
     """
 
     model_cpu_offload_seq = "text_encoder->mllm->distiller->transformer->vae"
@@ -101,6 +104,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         default_num_inference_steps: int = 50,
         default_guidance_scale: float = 5.0,
         default_source_guidance_scale: float = 1.0,
+        default_max_area: int | None = None,
     ):
         super().__init__()
 
@@ -118,6 +122,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             default_num_inference_steps=default_num_inference_steps,
             default_guidance_scale=default_guidance_scale,
             default_source_guidance_scale=default_source_guidance_scale,
+            default_max_area=default_max_area,
         )
         self.vae_scale_factor_temporal = self.vae.config.scale_factor_temporal if self.vae is not None else 4
         self.vae_scale_factor_spatial = self.vae.config.scale_factor_spatial if self.vae is not None else 8
@@ -283,7 +288,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         self, source_height: int, source_width: int, height: int | None, width: int | None
     ) -> tuple[int, int]:
         if height is None and width is None:
-            height, width = source_height, source_width
+            max_area = self.config.default_max_area or math.inf
+            factor = min(1.0, math.sqrt(max_area / (source_height * source_width)))
+            height, width = source_height * factor, source_width * factor
         elif width is None:
             width = source_width * height / source_height
         elif height is None:
@@ -646,8 +653,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             height (`int`, *optional*), width (`int`, *optional*):
                 Size of the result in pixels, at which the clip is also edited: multiples of the VAE's spatial factor
                 times the transformer's patch. Given one, the other follows the clip's aspect ratio, rounded. Given
-                none, the clip is edited at its own size rounded to the nearest such multiples and comes back at
-                exactly its own size.
+                none, the clip is edited at its own size, or scaled down to about `config.default_max_area` pixels if
+                the checkpoint sets that, rounded to the nearest such multiples, and comes back at exactly its own
+                size.
             num_frames (`int`, *optional*):
                 Edit this many frames, from the first; all by default. The result has as many.
             num_inference_steps (`int`, *optional*):

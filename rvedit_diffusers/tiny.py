@@ -31,6 +31,7 @@ from transformers import (
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 from transformers.processing_utils import ProcessorMixin
 
+
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")
 
 SPECIAL_TOKENS = (

@@ -3,10 +3,10 @@ import copy
 import accelerate
 import pytest
 import torch
-from tiny_mllm import FAMILIES, save_tiny_mllm
 
 from rvedit_diffusers.distiller_rvedit import RVEDiTTokenDistiller, RVEDiTTokenDistillerOutput
 from rvedit_diffusers.processing_rvedit import RVEDiTProcessor
+from rvedit_diffusers.tiny import FAMILIES, save_tiny_mllm
 
 
 HIDDEN_SIZE, DIM, NUM_EDIT_TOKENS = 32, 24, 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from components import build_pipeline, make_clip
 
-from rvedit_diffusers.synthetic import demo_item
+from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.video import read_video, write_video
 
 
@@ -95,13 +95,13 @@ def test_lora_changes_the_result(run, model, tmp_path):
 
 def test_demo_writes_source_edit_and_comparison(run, model):
     status, out, _, files = run("--model", model)
-    item = demo_item()
+    demo = demo_edit()
     assert status == 0
     assert files == ["out/demo/compare.png", "out/demo/edited.mp4", "out/demo/source.mp4"]
     assert all(file in out for file in files)
-    assert item.instruction in out
+    assert demo.instruction in out
     assert re.search(r"in \d+\.\d s", out)
-    assert read_video("out/demo/edited.mp4").frames.shape == item.source.shape
+    assert read_video("out/demo/edited.mp4").frames.shape == demo.source_frames.shape
 
 
 @pytest.mark.parametrize(

@@ -175,6 +175,15 @@ def test_source_is_resized_to_the_nearest_legal_size(shared_pipe):
     assert latents.shape[-2:] == (4, 6)  # 32 x 48 pixels
 
 
+def test_larger_clips_are_edited_at_the_default_area(pipe):
+    pipe.register_to_config(default_max_area=32 * 32)
+    large, small = make_clip(1, 64, 96), make_clip(1, 32, 16)
+    assert edit(pipe, large, output_type="latent").shape[-2:] == (4, 4)  # 26 x 39 pixels, rounded
+    assert edit(pipe, large).shape[-2:] == (64, 96)
+    assert edit(pipe, small, output_type="latent").shape[-2:] == (4, 2)  # not enlarged
+    assert edit(pipe, large, height=64, width=96, output_type="latent").shape[-2:] == (8, 12)
+
+
 def test_source_is_shown_to_the_transformer_in_normalised_latents(shared_pipe, clip):
     seen = []
     edit(
@@ -785,5 +794,5 @@ def test_devices(pipe, clip, mode):
     elif mode == "sequential":
         pipe.enable_sequential_cpu_offload()
     else:
-        pipe.enable_group_offload("cuda", offload_type="leaf_level")
+        pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
     torch.testing.assert_close(edit(pipe, clip, negative_prompt="black and white").cpu(), expected, atol=1e-3, rtol=0)

@@ -4,9 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from tiny_mllm import FAMILIES, build_tiny_tokenizer, save_tiny_mllm
 
 from rvedit_diffusers.processing_rvedit import RVEDiTProcessor
+from rvedit_diffusers.tiny import FAMILIES, build_tiny_tokenizer, save_tiny_mllm
 
 
 SETTINGS = {"num_edit_tokens": 4, "max_frames": 6, "max_pixels": 64 * 64, "min_pixels": 16 * 16}

@@ -21,7 +21,10 @@ EDITS = SyntheticEdits(11, num_frames=5)
 
 
 def scene(*objects: SceneObject, **changes) -> Scene:
-    return Scene(**{"num_frames": 2, "height": 64, "width": 64, "background": "gradient", "seed": 1, "objects": objects} | changes)
+    return Scene(
+        **{"num_frames": 2, "height": 64, "width": 64, "background": "gradient", "seed": 1, "objects": objects}
+        | changes
+    )
 
 
 def thing(x: float, y: float, shape="circle", colour="red", size="medium", motion="static") -> SceneObject:
@@ -77,7 +80,9 @@ def test_grey_has_no_colour_left():
 def test_referring_expressions_hold_in_every_frame():
     left, right = thing(0.2, 0.5), thing(0.6, 0.5, "square", "blue", "large")
     phrases = referring_expressions(scene(left, right), 0)
-    assert {"the red circle", "the circle", "the red object", "the smallest object", "the leftmost object"} <= set(phrases)
+    assert {"the red circle", "the circle", "the red object", "the smallest object", "the leftmost object"} <= set(
+        phrases
+    )
     assert "the topmost object" not in phrases
     crossing = SceneObject("square", "blue", "large", "linear", ((0.6, 0.5), (0.1, 0.5)))
     assert "the leftmost object" not in referring_expressions(scene(left, crossing), 0)
@@ -130,7 +135,11 @@ def test_psnr_of_a_known_error():
 
 @pytest.mark.parametrize(
     "arguments, name",
-    [({"operations": ("paint",)}, "operations"), ({"operations": ()}, "operations"), ({"edits_per_scene": 0}, "edits_per_scene")],
+    [
+        ({"operations": ("paint",)}, "operations"),
+        ({"operations": ()}, "operations"),
+        ({"edits_per_scene": 0}, "edits_per_scene"),
+    ],
 )
 def test_wrong_lists_are_refused(arguments, name):
     with pytest.raises(ValueError, match=f"`{name}`"):

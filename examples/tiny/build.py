@@ -1,6 +1,6 @@
 """Put the embedded checkpoint's parts together: trained VAE and MLLM, untrained editor.
 
-    python examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
+python examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
 """
 
 import argparse
@@ -69,6 +69,7 @@ def main() -> None:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         default_num_inference_steps=12,
         default_guidance_scale=2.0,
+        default_max_area=64 * 64,
     )
     pipe.save_pretrained(args.output)
     for name, component in pipe.components.items():

@@ -41,6 +41,13 @@ MLLM_CONFIG = {
     "initializer_range": 0.04,
 }
 PROCESSOR_CONFIG = {"num_edit_tokens": 16, "max_frames": NUM_FRAMES, "max_pixels": 64 * 64, "min_pixels": 32 * 32}
+# instruction and clip alone: at this size every other token dilutes the attention to the words that matter
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% else %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
 TOKEN_WIDTH = 256  # of the editor that the connectors are made for
 QUESTIONS = {
     "operation": len(OPERATIONS),
@@ -95,7 +102,9 @@ def seen_in_cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     for index in range(len(scene.objects)):
         alpha = coverage(scene, index)
         shares = [share * (1 - alpha) for share in shares] + [alpha]
-    shares = np.stack(shares).reshape(len(shares), NUM_FRAMES // 2, 2, 8, 8, 8, 8).mean((2, 4, 6)).reshape(len(shares), -1)
+    shares = (
+        np.stack(shares).reshape(len(shares), NUM_FRAMES // 2, 2, 8, 8, 8, 8).mean((2, 4, 6)).reshape(len(shares), -1)
+    )
     winner, empty = shares.argmax(0), shares.max(0) < 0.25
     colours = np.array([list(COLOURS).index(thing.colour) for thing in scene.objects])
     shapes = np.array([SHAPES.index(thing.shape) for thing in scene.objects])
@@ -110,13 +119,18 @@ def make_batch(edits: SyntheticEdits, indices: range, references: bool) -> dict[
     masks = torch.from_numpy(np.stack([e.mask for e in items])).float()  # (batch, frames, height, width)
     cells = F.avg_pool3d(masks[:, None], (2, 8, 8))[:, 0]  # (batch, frames / 2, 8, 8)
     places = [
-        np.zeros((NUM_FRAMES // 2, 2)) if e.target is None else np.array(e.scene.objects[e.target].path).reshape(-1, 2, 2).mean(1)
+        np.zeros((NUM_FRAMES // 2, 2))
+        if e.target is None
+        else np.array(e.scene.objects[e.target].path).reshape(-1, 2, 2).mean(1)
         for e in items
     ]
     given = [answers(e) for e in items]
     # what was removed cannot be seen in the result
     knowable = [not (result and e.operation == "remove") for e, result in zip(items, shows_result, strict=True)]
-    seen = [seen_in_cells(e.edited if r and e.edited.objects else e.scene) for e, r in zip(items, shows_result, strict=True)]
+    seen = [
+        seen_in_cells(e.edited if r and e.edited.objects else e.scene)
+        for e, r in zip(items, shows_result, strict=True)
+    ]
     return {
         "seen_colour": torch.from_numpy(np.stack([colours for colours, _ in seen])),
         "seen_shape": torch.from_numpy(np.stack([shapes for _, shapes in seen])),
@@ -158,7 +172,9 @@ def losses(predicted, batch) -> dict[str, torch.Tensor]:
     for name, logits in clip_logits.items():
         # a batch may have no clip that the question applies to
         valid = (given[name] != NO_ANSWER).sum().clamp(min=1)
-        terms[name] = 0.3 * F.cross_entropy(logits.float(), given[name], ignore_index=NO_ANSWER, reduction="sum") / valid
+        terms[name] = (
+            0.3 * F.cross_entropy(logits.float(), given[name], ignore_index=NO_ANSWER, reduction="sum") / valid
+        )
     error = (places.float() - batch["places"]).abs().mean(1)
     terms["place"] = 2 * (error * batch["has_place"]).sum() / batch["has_place"].sum().clamp(min=1)
     return terms
@@ -201,6 +217,7 @@ def main() -> None:
     corpus = [edits[index].instruction for index in range(2000)]
     mllm, _ = save_tiny_mllm(args.output / "mllm", corpus=corpus, vocab_size=1024, seed=args.seed, **MLLM_CONFIG)
     processor = RVEDiTProcessor.from_mllm(args.output / "mllm", **PROCESSOR_CONFIG)
+    processor.chat_template = CHAT_TEMPLATE
     distiller = RVEDiTTokenDistiller(
         mllm_hidden_size=MLLM_CONFIG["hidden_size"], dim=TOKEN_WIDTH, num_edit_tokens=processor.num_edit_tokens
     )
@@ -230,7 +247,9 @@ def main() -> None:
         )
     )
     while progress() < 1.0:
-        rate = args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
+        rate = (
+            args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch, inputs = next(batches)
@@ -248,7 +267,9 @@ def main() -> None:
             bar.set_postfix(mask=f"{entry['mask']:.3f}", operation=f"{entry['operation']:.3f}")
             if step % args.save_every == 0:
                 entry |= evaluate(mllm, distiller, heads, processor, unseen)
-                save_training_state(checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started})
+                save_training_state(
+                    checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started}
+                )
             log.write(json.dumps(entry) + "\n")
             log.flush()
 

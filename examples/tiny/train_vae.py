@@ -1,6 +1,6 @@
 """Train the small `AutoencoderKLWan` of the embedded checkpoint on synthetic clips, resumably.
 
-    python examples/tiny/train_vae.py --output runs/vae
+python examples/tiny/train_vae.py --output runs/vae
 """
 
 import argparse
@@ -98,7 +98,9 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     log = open(args.output / "log.jsonl", "a")
     while progress() < 1.0:
-        rate = args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
+        rate = (
+            args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         clips = clip_batch(edits, step * args.batch_size, args.batch_size).to(device)
@@ -115,7 +117,13 @@ def main() -> None:
         step += 1
         bar.update()
         if step % 20 == 0:
-            entry = {"step": step, "l1": l1.item(), "psnr": -10 * math.log10(mse.item() / 4), "kl": kl.item(), "lr": rate}
+            entry = {
+                "step": step,
+                "l1": l1.item(),
+                "psnr": -10 * math.log10(mse.item() / 4),
+                "kl": kl.item(),
+                "lr": rate,
+            }
             bar.set_postfix(l1=f"{entry['l1']:.4f}", psnr=f"{entry['psnr']:.2f}", kl=f"{entry['kl']:.2f}")
             if step % args.save_every == 0:
                 entry["psnr_unseen_photos"] = psnr(vae, unseen)

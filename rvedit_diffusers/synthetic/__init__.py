@@ -1,7 +1,7 @@
 """The procedural benchmark: scenes with exact edit targets, rendered on the fly from a seed."""
 
 from .backgrounds import TEST_PHOTOS, TRAIN_PHOTOS
-from .edits import OPERATIONS, Edit, SyntheticEdits, referring_expressions
+from .edits import OPERATIONS, Edit, SyntheticEdits, demo_edit, referring_expressions
 from .metrics import judge, outside_psnr, psnr
 from .scenes import COLOURS, GRADES, SHAPES, Scene, SceneObject, render, sample_scene
 
@@ -17,6 +17,7 @@ __all__ = [
     "SyntheticEdits",
     "TEST_PHOTOS",
     "TRAIN_PHOTOS",
+    "demo_edit",
     "judge",
     "outside_psnr",
     "psnr",

@@ -1,7 +1,7 @@
-"""Moving backgrounds: photographs that ship inside scikit-image and scikit-learn, procedural textures and gradients."""
+"""Moving backgrounds: photographs that ship inside scikit-image and scikit-learn, textures and gradients."""
 
 import importlib.util
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ TEST_PHOTOS = ("skimage/data/coffee.png", "sklearn/datasets/images/china.jpg")
 BACKGROUNDS = ("photo", "texture", "gradient")
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_photo(name: str, short_side: int = 320) -> Image.Image:
     """Open a packaged photograph as RGB.
 
@@ -49,7 +49,7 @@ def load_photo(name: str, short_side: int = 320) -> Image.Image:
 
 
 def render_photo(rng: np.random.Generator, num_frames: int, height: int, width: int, photos) -> np.ndarray:
-    """Pan and zoom over a photograph, mirrored and recoloured at random. Returns `(frames, height, width, 3)` in [0, 1]."""
+    """Pan and zoom over a photograph, at random mirrored and tinted. Returns `(frames, height, width, 3)` in [0, 1]."""
     photo = load_photo(photos[rng.integers(len(photos))])
     if rng.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -20,6 +20,7 @@ TEMPLATES = {
     "bright": ("make the video brighter", "brighten the whole video", "give the video a bright look"),
     "dark": ("make the video darker", "darken the whole video", "give the video a dark look"),
 }
+DEMO_SEED = 2_000_015
 MARGIN = 0.12  # of the width: how far the leftmost object is ahead of the next, in every frame
 
 
@@ -66,7 +67,9 @@ class Edit:
         """
         if self.operation == "grade":
             return {
-                f"wrong value: {grade}": replace(self.scene, grade=grade) for grade in GRADES if grade not in self.value
+                f"wrong value: {grade}": replace(self.scene, grade=grade)
+                for grade in GRADES
+                if grade not in self.value
             }
         others = [index for index in range(len(self.scene.objects)) if index != self.target]
         return {f"wrong object: {index}": apply(self.scene, self.operation, index, self.value) for index in others}
@@ -178,3 +181,8 @@ class SyntheticEdits:
         scene = sample_scene(scene_rng, **self.scene_arguments)
         operation = self.operations[(scene_index + variant) % len(self.operations)]
         return sample_edit(np.random.default_rng([self.seed, scene_index, 1 + variant]), scene, operation)
+
+
+def demo_edit() -> Edit:
+    """The edit that the demo shows: a fixed item over a procedural background, so that no photograph is needed."""
+    return SyntheticEdits(DEMO_SEED, operations=("recolour",))[0]

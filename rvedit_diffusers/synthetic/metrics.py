@@ -1,4 +1,4 @@
-"""Did the edit happen, to the right object, and nothing else? Exact answers, as every wrong edit can be rendered too."""
+"""Did the edit happen, to the right object, and nothing else? Every wrong edit can be rendered and compared."""
 
 import numpy as np
 

@@ -38,8 +38,8 @@ class SceneObject:
 class Scene:
     """A background, objects from back to front, and a colour grade over all.
 
-    `seed` and `background` fix the background; `photos` says which photographs it may show; `grade` is `None` or one of
-    `GRADES`. `render` depends on these fields alone, so an edited scene renders to the exact target.
+    `seed` and `background` fix the background; `photos` says which photographs it may show; `grade` is `None` or one
+    of `GRADES`. `render` depends on these fields alone, so an edited scene renders to the exact target.
     """
 
     num_frames: int
@@ -143,7 +143,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def coverage(scene: Scene, index: int) -> np.ndarray:
-    """Share of every pixel that object `index` covers, before occlusion: `(frames, height, width)` float32 in [0, 1]."""
+    """Share of each pixel that object `index` covers, before occlusion: `(frames, height, width)`, float32 in [0, 1]."""
     thing = scene.objects[index]
     radius = SIZES[thing.size] * min(scene.height, scene.width)
     path = np.asarray(thing.path, dtype=np.float32) * np.array([scene.width, scene.height], np.float32)
@@ -163,7 +163,9 @@ def grade_frames(frames: np.ndarray, grade: str | None) -> np.ndarray:
     if grade == "warm":
         return np.clip(frames * np.array([1.15, 1.0, 0.65], np.float32) + np.array([0.06, 0.0, 0.0], np.float32), 0, 1)
     if grade == "cold":
-        return np.clip(frames * np.array([0.65, 0.95, 1.15], np.float32) + np.array([0.0, 0.0, 0.06], np.float32), 0, 1)
+        return np.clip(
+            frames * np.array([0.65, 0.95, 1.15], np.float32) + np.array([0.0, 0.0, 0.06], np.float32), 0, 1
+        )
     if grade == "bright":
         return np.clip(frames * 0.75 + 0.3, 0, 1)
     if grade == "dark":
@@ -177,9 +179,7 @@ def render(scene: Scene) -> np.ndarray:
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`, uint8.
     """
-    frames = render_background(
-        scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos
-    )
+    frames = render_background(scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos)
     for index, thing in enumerate(scene.objects):
         alpha = coverage(scene, index)[..., None]
         frames = frames + alpha * (np.array(COLOURS[thing.colour], np.float32) - frames)

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 
 def save_training_state(
@@ -24,7 +24,7 @@ def save_training_state(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, module in modules.items():
-        save_file({k: v.detach().contiguous().cpu() for k, v in module.state_dict().items()}, temporary / f"{name}.safetensors")
+        save_model(module, str(temporary / f"{name}.safetensors"))
     moments = {
         f"{index}.{key}": torch.as_tensor(value).detach().contiguous().cpu()
         for index, entry in optimizer.state_dict()["state"].items()
@@ -49,7 +49,7 @@ def load_training_state(
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(f"{folder} holds no training checkpoint (state.json is missing)")
     for name, module in modules.items():
-        module.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        load_model(module, str(folder / f"{name}.safetensors"))
     entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)

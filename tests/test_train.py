@@ -1,0 +1,141 @@
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from components import build_pipeline
+from safetensors.torch import load_file
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import train  # noqa: E402
+
+from rvedit_diffusers import RVEDiTPipeline  # noqa: E402
+from rvedit_diffusers.synthetic import SyntheticEdits  # noqa: E402
+from rvedit_diffusers.training.cache import fill_cache, load_cache  # noqa: E402
+
+
+SIZE = {"num_frames": 5, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    build_pipeline(num_layers=3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    fill_cache(pipe, SyntheticEdits(20, **SIZE, edits_per_scene=4), 32, folder)
+    return folder
+
+
+def run(model, cache, output, *options):
+    values = {"model": model, "cache_dir": cache, "output": output, "num_pairs": 32, "batch_size": 4} | SIZE
+    values |= {"learning_rate": 1e-2, "warmup_steps": 1, "log_every": 1, "save_every": 2, "align_warmup_steps": 1}
+    argv = [f"--{name}={value}" for name, value in values.items()]
+    train.main([*argv, *options])
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return {path.parent.name: load_file(path) for path in (folder / "pipeline").glob("*/*.safetensors")}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path):
+    run(model, cache, tmp_path / "whole", "--steps=4")
+    # the schedule is that of four steps in both
+    with pytest.MonkeyPatch.context() as patch:
+
+        def stop(*arguments):
+            save(*arguments)
+            raise KeyboardInterrupt
+
+        save = train.save_training_state
+        patch.setattr(train, "save_training_state", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(model, cache, tmp_path / "parts", "--steps=4")
+    assert not (tmp_path / "parts" / "pipeline").exists()
+    run(model, cache, tmp_path / "parts", "--steps=4")
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert whole.keys() == parts.keys()
+    for component, tensors in whole.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, parts[component][name]), f"{component}: {name}"
+
+
+def test_what_learns_and_what_is_frozen(model, cache, tmp_path):
+    log = run(model, cache, tmp_path, "--steps=2")
+    assert {"flow", "align", "information_nats", "information_ceiling_nats"} <= log[0].keys()
+    assert (tmp_path / "losses.png").stat().st_size > 0
+    before, after = RVEDiTPipeline.from_pretrained(model), RVEDiTPipeline.from_pretrained(tmp_path / "pipeline")
+    for name in ("vae", "mllm"):
+        for key, tensor in getattr(before, name).state_dict().items():
+            assert torch.equal(tensor, getattr(after, name).state_dict()[key]), f"{name}: {key}"
+    for name in ("transformer", "text_encoder", "distiller"):
+        old, new = getattr(before, name).state_dict(), getattr(after, name).state_dict()
+        assert old.keys() == new.keys()
+        same = {key for key in old if torch.equal(old[key], new[key])}
+        assert same <= {"queries"} | {key for key in old if not old[key].is_floating_point()}, f"{name}: {same}"
+
+
+def test_without_alignment_there_is_no_reference_branch(model, cache, tmp_path):
+    log = run(model, cache, tmp_path, "--steps=1", "--align_weight=0")
+    assert "align" not in log[0] and log[0]["flow"] > 0
+
+
+def test_training_lowers_the_loss(model, cache, tmp_path):
+    log = run(model, cache, tmp_path, "--steps=30", "--align_weight=0", "--mixed_precision=no", "--drop_all=0")
+    flow = [entry["flow"] for entry in log]
+    assert sum(flow[-8:]) < 0.9 * sum(flow[:8])
+
+
+def test_reference_gets_no_gradient_and_the_editing_branch_does(model, cache):
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    branches = train.EditingBranches(pipe, [1], 0.07)
+    data = load_cache(sorted(cache.iterdir()))
+    batch = {name: value[:2].float() if value.is_floating_point() else value[:2] for name, value in data.items()}
+    batch |= {"keep_instruction": torch.ones(2), "keep_source": torch.ones(2)}
+    for name in ("edit_states", "visual_states", "reference_edit_states", "reference_visual_states"):
+        batch[name].requires_grad_()
+    noise, sigmas = torch.randn_like(batch["latents"]), torch.full((2,), 0.5)
+    _, loss = branches(batch, noise, sigmas, torch.arange(8))
+    loss.sum().backward()
+    assert batch["edit_states"].grad.abs().sum() > 0
+    assert batch["reference_edit_states"].grad is None and batch["reference_visual_states"].grad is None
+
+
+def test_cache_is_the_frozen_parts_output_and_is_not_made_twice(model, cache, tmp_path):
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    edits = SyntheticEdits(20, **SIZE, edits_per_scene=4)
+    files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+    paths = fill_cache(pipe, edits, 32, cache)
+    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == files
+    rows = load_cache(paths)
+    inputs = pipe.processor([edits[5].target_frames], [edits[5].instruction])
+    with torch.no_grad():
+        edit_states, *_ = pipe.distiller.harvest(pipe.mllm, inputs)
+    torch.testing.assert_close(rows["reference_edit_states"][5].float(), edit_states[0], atol=0.03, rtol=0.02)
+    assert torch.equal(rows["source_latents"][4], rows["source_latents"][7])
+    assert not torch.equal(rows["latents"][4], rows["latents"][7])
+
+
+@pytest.mark.parametrize("text, word", [('{"setps": 3}', "setps"), ('{"steps": 0}', "--steps")])
+def test_wrong_options_end_before_anything_is_loaded(model, tmp_path, capsys, text, word):
+    config = tmp_path / "config.json"
+    config.write_text(text)
+    with pytest.raises(SystemExit) as error:
+        train.main([f"--model={model}", f"--output={tmp_path / 'out'}", f"--config={config}"])
+    assert error.value.code == 2 and word in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_folder_without_pipeline_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main([f"--model={tmp_path}", f"--output={tmp_path / 'out'}"])
+    assert "--model" in capsys.readouterr().err
