@@ -86,8 +86,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "--num_frames",
         type=count,
-        default=81,
-        help="edit at most so many frames, from the first; sound is cut with them; default: 81",
+        help="edit at most so many frames, from the first; sound is cut with them; default: all",
     )
     parser.add_argument("--height", type=count, help="height to edit at, in pixels; the result has the source's size")
     parser.add_argument("--width", type=count, help="width to edit at, likewise")
@@ -190,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         args.output = args.output or Path(f"{Path(args.video).stem}_edited.mp4")
         check_files(parser, args.output, args.compare)
         try:
-            clip = read_video(args.video, max_frames=args.num_frames + 1)
+            clip = read_video(args.video, max_frames=args.num_frames)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error).replace("`path`", "VIDEO"))
         prompt, fps, frames = args.prompt, clip.fps, clip.frames[: args.num_frames]
@@ -219,8 +218,6 @@ def main(argv: list[str] | None = None) -> None:
                 write_strip(args.compare, {"source": frames, "edited": edited})
     except (OSError, ValueError) as error:
         parser.error(f"the result cannot be written: {first_line(error)}")
-    if args.video is not None and clip.num_frames > args.num_frames:
-        print(f"the clip is longer: edited its first {args.num_frames} frames (--num_frames)")
     for path in written:
         print(f"wrote {path}")
     height, width = frames.shape[1:3]

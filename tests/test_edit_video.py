@@ -77,9 +77,8 @@ def test_same_seed_gives_the_same_file(run, model):
 
 
 def test_num_frames_cuts_the_clip(run, model):
-    _, out, _, _ = run("clip.mp4", "make it red", "--model", model, "--num_frames", 3)
+    run("clip.mp4", "make it red", "--model", model, "--num_frames", 3)
     assert read_video("clip_edited.mp4").num_frames == 3
-    assert "edited its first 3 frames" in out
 
 
 def test_lora_changes_the_result(run, model, tmp_path):

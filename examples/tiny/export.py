@@ -15,17 +15,17 @@ from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 
 README = """# The embedded checkpoint
 
-A complete RVEDiT pipeline of {parameters:.1f} M parameters, trained from scratch on synthetic scenes by `make tiny`. It edits
-clips of 17 frames at 64x64: recolour, remove or replace one of a few moving shapes, or grade the whole clip. It shows
-how the pieces work together; it is no judgement on the paper's model.
+A complete RVEDiT pipeline of {parameters:.1f} M parameters, trained from scratch on synthetic scenes by `make tiny`.
+It edits clips of 17 frames at 64x64: recolour, remove or replace one of a few moving shapes, or grade the whole clip.
+It shows how the pieces work together; it is no judgement on the paper's model.
 
 | part | parameters | how it was trained | steps | minutes |
 |---|---|---|---|---|
 {parts}
 
 The MLLM is a Qwen2.5-VL in miniature without any language of its own. It was first taught to answer questions about
-scenes (what is in each cell, which cells change, which operation, object and value) and then frozen, as a released MLLM
-is frozen. The text encoder learned together with the editor. No part has seen a real video; photographs that ship
+scenes (what is in each cell, which cells change, which operation, object and value) and then frozen, as a released
+MLLM is frozen. The text encoder learned together with the editor. No part has seen a real video; photographs that ship
 inside scikit-image and scikit-learn served as backgrounds.
 
 ## Scores

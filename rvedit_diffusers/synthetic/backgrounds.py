@@ -49,7 +49,7 @@ def load_photo(name: str, short_side: int = 320) -> Image.Image:
 
 
 def render_photo(rng: np.random.Generator, num_frames: int, height: int, width: int, photos) -> np.ndarray:
-    """Pan and zoom over a photograph, at random mirrored and tinted. Returns `(frames, height, width, 3)` in [0, 1]."""
+    """Pan and zoom over a photograph, mirrored or tinted at random. `(frames, height, width, 3)` in [0, 1]."""
     photo = load_photo(photos[rng.integers(len(photos))])
     if rng.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

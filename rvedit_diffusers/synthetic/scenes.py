@@ -143,7 +143,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def coverage(scene: Scene, index: int) -> np.ndarray:
-    """Share of each pixel that object `index` covers, before occlusion: `(frames, height, width)`, float32 in [0, 1]."""
+    """Share of each pixel that object `index` covers, before occlusion: `(frames, height, width)` in [0, 1]."""
     thing = scene.objects[index]
     radius = SIZES[thing.size] * min(scene.height, scene.width)
     path = np.asarray(thing.path, dtype=np.float32) * np.array([scene.width, scene.height], np.float32)
