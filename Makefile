@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 SEED ?= 0
+PROCESSES ?= 2
 RUN := .venv/bin/python
 
 .PHONY: demo test score tiny lint clean .venv
@@ -23,9 +24,16 @@ test: .venv/installed
 score: .venv/installed
 	$(RUN) examples/evaluate.py --seed $(SEED)
 
+# The embedded checkpoint from nothing: hours on two CPU cores. Each step goes on where it was stopped.
+TRAIN := OMP_NUM_THREADS=1 $(RUN)
 tiny: .venv/installed
-	$(RUN) examples/tiny/train_vae.py
-	$(RUN) examples/tiny/train_mllm.py
+	$(TRAIN) examples/tiny/train_vae.py --output runs/vae
+	$(TRAIN) examples/tiny/train_mllm.py --output runs/mllm
+	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
+	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
+		--model runs/init --output runs/editor --config examples/tiny/editor.json
+	$(RUN) examples/evaluate.py --model runs/editor/pipeline --seed $(SEED) --output runs/scores
+	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json
 
 lint: .venv/installed
 	$(RUN) -m ruff check --fix

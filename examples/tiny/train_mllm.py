@@ -202,9 +202,9 @@ def evaluate(mllm, distiller, heads, processor, edits: SyntheticEdits, num_clips
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for model, processor, queries and log")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
-    parser.add_argument("--batch_size", type=int, default=24)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1.5e-3)
     parser.add_argument("--num_workers", type=int, default=1, help="processes that render scenes")
     parser.add_argument("--seed", type=int, default=0)
