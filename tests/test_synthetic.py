@@ -79,13 +79,13 @@ def test_grey_has_no_colour_left():
 
 def test_referring_expressions_hold_in_every_frame():
     left, right = thing(0.2, 0.5), thing(0.6, 0.5, "square", "blue", "large")
-    phrases = referring_expressions(scene(left, right), 0)
+    phrases = sum(referring_expressions(scene(left, right), 0), [])
     assert {"the red circle", "the circle", "the red object", "the smallest object", "the leftmost object"} <= set(
         phrases
     )
     assert "the topmost object" not in phrases
     crossing = SceneObject("square", "blue", "large", "linear", ((0.6, 0.5), (0.1, 0.5)))
-    assert "the leftmost object" not in referring_expressions(scene(left, crossing), 0)
+    assert "the leftmost object" not in referring_expressions(scene(left, crossing), 0)[1]
 
 
 @pytest.mark.parametrize("index", range(40))
@@ -94,7 +94,9 @@ def test_instruction_names_one_object(index):
     if edit.operation == "grade":
         assert edit.value[0] in GRADES
         return
-    phrases = {phrase: i for i in range(len(edit.scene.objects)) for phrase in referring_expressions(edit.scene, i)}
+    phrases = {
+        phrase: i for i in range(len(edit.scene.objects)) for phrase in sum(referring_expressions(edit.scene, i), [])
+    }
     named = {target for phrase, target in phrases.items() if phrase in edit.instruction}
     assert named == {edit.target}
     assert all(word in edit.instruction for word in edit.value)

@@ -21,6 +21,7 @@ TEMPLATES = {
     "dark": ("make the video darker", "darken the whole video", "give the video a dark look"),
 }
 DEMO_SEED = 2_000_015
+RELATION_SHARE = 0.3  # of the instructions, where a relation names the object at all
 MARGIN = 0.12  # of the width: how far the leftmost object is ahead of the next, in every frame
 
 
@@ -97,28 +98,29 @@ def visible_share(scene: Scene, index: int) -> np.ndarray:
     return free.sum((1, 2)) / np.maximum(own.sum((1, 2)), 1e-6)
 
 
-def referring_expressions(scene: Scene, index: int) -> list[str]:
-    """Every phrase that names object `index` and no other object of the scene."""
+def referring_expressions(scene: Scene, index: int) -> tuple[list[str], list[str]]:
+    """Every phrase that names object `index` and no other object of the scene: by its looks, and by a relation."""
     thing, others = scene.objects[index], [o for i, o in enumerate(scene.objects) if i != index]
-    phrases = [f"the {thing.colour} {thing.shape}"]
+    looks = [f"the {thing.colour} {thing.shape}"]
     if all(o.shape != thing.shape for o in others):
-        phrases.append(f"the {thing.shape}")
+        looks.append(f"the {thing.shape}")
     if all(o.colour != thing.colour for o in others):
-        phrases.append(f"the {thing.colour} object")
+        looks.append(f"the {thing.colour} object")
+    relations = []
     if all(SIZES[o.size] < SIZES[thing.size] for o in others):
-        phrases.append("the largest object")
+        relations.append("the largest object")
     if all(SIZES[o.size] > SIZES[thing.size] for o in others):
-        phrases.append("the smallest object")
+        relations.append("the smallest object")
     if thing.motion != "static" and all(o.motion == "static" for o in others):
-        phrases.append("the moving object")
+        relations.append("the moving object")
     path = np.array(thing.path)
     for axis, (low, high) in enumerate((("leftmost", "rightmost"), ("topmost", "bottommost"))):
         gaps = [np.array(o.path)[:, axis] - path[:, axis] for o in others]
         if all((gap >= MARGIN).all() for gap in gaps):
-            phrases.append(f"the {low} object")
+            relations.append(f"the {low} object")
         if all((gap <= -MARGIN).all() for gap in gaps):
-            phrases.append(f"the {high} object")
-    return phrases
+            relations.append(f"the {high} object")
+    return looks, relations
 
 
 def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
@@ -138,7 +140,8 @@ def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
     elif operation == "replace":
         free = [(c, s) for c in COLOURS for s in SHAPES if s != thing.shape and (c, s) not in taken]
         value = free[rng.integers(len(free))]
-    phrases = referring_expressions(scene, target)
+    looks, relations = referring_expressions(scene, target)
+    phrases = relations if relations and rng.random() < RELATION_SHARE else looks
     words = {"ref": phrases[rng.integers(len(phrases))]} | dict(zip(("colour", "shape"), value, strict=False))
     instruction = TEMPLATES[operation][rng.integers(len(TEMPLATES[operation]))].format(**words)
     return Edit(operation, instruction, scene, apply(scene, operation, target, value), target, value)
