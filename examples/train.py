@@ -171,6 +171,11 @@ def main(argv: list[str] | None = None) -> None:
         # the alignment heads rest in steps without the reference branch
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if args.num_pairs < args.batch_size * accelerator.num_processes:
+        raise SystemExit(
+            f"--num_pairs {args.num_pairs} does not fill one step of {accelerator.num_processes} processes with"
+            f" --batch_size {args.batch_size}"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(args.seed)
@@ -280,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. The result is a pipeline like the one it began with; the alignment heads stay behind
     if main_process:
         save_training_state(checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started})
-        pipe.transformer.eval(), pipe.distiller.eval(), pipe.text_encoder.eval()
+        branches.eval()
         pipe.save_pretrained(args.output / "pipeline")
         plot_losses(args.output / "log.jsonl", args.output / "losses.png")
     accelerator.wait_for_everyone()

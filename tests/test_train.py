@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from components import build_pipeline
+from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
 
 
@@ -33,6 +35,13 @@ def cache(model, tmp_path_factory):
     pipe = RVEDiTPipeline.from_pretrained(model)
     fill_cache(pipe, SyntheticEdits(20, **SIZE, edits_per_scene=4), 32, folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def restored_globals():
+    with attention_backend("native"):
+        yield
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process, several trainings of different precision
 
 
 def run(model, cache, output, *options):
