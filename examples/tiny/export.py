@@ -62,6 +62,10 @@ def main() -> None:
     temporary = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary)
+    for path in temporary.rglob("*.json"):  # where the weights lay before is nobody's business
+        values = json.loads(path.read_text())
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2) + "\n")
     (temporary / "training").mkdir()
     for name, folder in (("vae", args.vae), ("mllm", args.mllm), ("editor", args.editor)):
         shutil.copy(folder / "log.jsonl", temporary / "training" / f"{name}.jsonl")
