@@ -33,7 +33,8 @@ tiny: .venv/installed
 	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
 		--model runs/init --output runs/editor --config examples/tiny/editor.json
 	$(RUN) examples/evaluate.py --model runs/editor/pipeline --seed $(SEED) --output runs/scores
-	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json
+	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json \
+		--seed $(SEED)
 
 lint: .venv/installed
 	$(RUN) -m ruff check --fix
