@@ -31,6 +31,7 @@ from rvedit_diffusers.losses import (
 from rvedit_diffusers.synthetic import SyntheticEdits
 from rvedit_diffusers.training.cache import fill_cache, load_cache
 from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
+from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices
 from rvedit_diffusers.training.plots import plot_losses
 
 
@@ -48,6 +49,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
     parser.add_argument("--batch_size", type=int, default=16, help="pairs a step and process")
+    parser.add_argument(
+        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of the blocks"
+    )
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--warmup_steps", type=int, default=200)
     parser.add_argument("--weight_decay", type=float, default=0.01)
@@ -209,9 +213,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
     parameters = [p for p in branches.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True
-    )
+    settings = {"lr": args.learning_rate, "betas": (0.9, 0.98), "weight_decay": args.weight_decay}
+    if args.optimizer == "muon":
+        matrices = block_matrices(pipe.transformer.blocks, pipe.distiller, pipe.text_encoder)
+        optimizer = MuonAdamW(matrices, parameters, **settings)
+    else:
+        optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
     modules = {"transformer": pipe.transformer, "distiller": pipe.distiller, "text_encoder": pipe.text_encoder}
     modules["heads"] = branches.heads
     step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"

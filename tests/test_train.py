@@ -56,8 +56,10 @@ def weights(folder):
     return {path.parent.name: load_file(path) for path in (folder / "pipeline").glob("*/*.safetensors")}
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path):
-    run(model, cache, tmp_path / "whole", "--steps=4")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path, optimizer):
+    options = ("--steps=4", f"--optimizer={optimizer}")
+    run(model, cache, tmp_path / "whole", *options)
     # the schedule is that of four steps in both
     with pytest.MonkeyPatch.context() as patch:
 
@@ -68,9 +70,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path):
         save = train.save_training_state
         patch.setattr(train, "save_training_state", stop)
         with pytest.raises(KeyboardInterrupt):
-            run(model, cache, tmp_path / "parts", "--steps=4")
+            run(model, cache, tmp_path / "parts", *options)
     assert not (tmp_path / "parts" / "pipeline").exists()
-    run(model, cache, tmp_path / "parts", "--steps=4")
+    run(model, cache, tmp_path / "parts", *options)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
     for component, tensors in whole.items():

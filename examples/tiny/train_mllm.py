@@ -25,6 +25,7 @@ from rvedit_diffusers.synthetic import COLOURS, GRADES, OPERATIONS, SHAPES, TEST
 from rvedit_diffusers.synthetic.scenes import coverage
 from rvedit_diffusers.tiny import save_tiny_mllm
 from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
+from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices
 
 
 NUM_FRAMES = 6  # what the MLLM sees of a clip
@@ -34,8 +35,8 @@ MLLM_CONFIG = {
     "num_heads": 2,
     "intermediate_size": 384,
     "vision_hidden_size": 128,
-    "vision_depth": 1,
-    "vision_num_heads": 2,
+    "vision_depth": 2,
+    "vision_num_heads": 4,
     "vision_intermediate_size": 256,
     "patch_size": 4,
     "initializer_range": 0.04,
@@ -57,14 +58,10 @@ QUESTIONS = {
     "object_colour": len(COLOURS),
     "object_shape": len(SHAPES),
 }
-CELL_QUESTIONS = {
-    "changes": 1,
-    "operation": len(OPERATIONS),
-    "colour": len(COLOURS),
-    "shape": len(SHAPES),
-    "seen_colour": len(COLOURS) + 1,
-    "seen_shape": len(SHAPES) + 1,
-}
+CELL_QUESTIONS = {"changes": 1, "operation": len(OPERATIONS), "colour": len(COLOURS), "shape": len(SHAPES)}
+CELL = 8  # pixels that a visual token covers
+# these are asked of the vision tower's own output too: shapes are learned many times sooner from there
+SIGHT_QUESTIONS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "coverage": CELL * CELL, "centre": 2}
 NO_ANSWER = -100
 
 
@@ -76,10 +73,13 @@ class AnswerHeads(nn.Module):
         self.clip = nn.ModuleDict({k: nn.Linear(hidden_size * num_edit_tokens, n) for k, n in QUESTIONS.items()})
         self.place = nn.Linear(hidden_size * num_edit_tokens, NUM_FRAMES // 2 * 2)
         self.cell = nn.Linear(hidden_size, sum(CELL_QUESTIONS.values()))
+        self.sight = nn.ModuleList(nn.Linear(hidden_size, sum(SIGHT_QUESTIONS.values())) for _ in range(2))
 
-    def forward(self, edit_states: torch.Tensor, visual_states: torch.Tensor):
+    def forward(self, edit_states: torch.Tensor, visual_states: torch.Tensor, vision: torch.Tensor):
+        """`vision` are the tower's outputs, `(visual tokens of the batch, hidden_size)`."""
         flat = edit_states.flatten(1)
-        return {k: head(flat) for k, head in self.clip.items()}, self.place(flat), self.cell(visual_states)
+        sight = [head(states.flatten(0, -2)) for head, states in zip(self.sight, (vision, visual_states), strict=True)]
+        return {k: head(flat) for k, head in self.clip.items()}, self.place(flat), self.cell(visual_states), sight
 
 
 def answers(edit: Edit) -> dict[str, int]:
@@ -96,19 +96,33 @@ def answers(edit: Edit) -> dict[str, int]:
     return given
 
 
-def seen_in_cells(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Colour and shape of what covers most of each cell, `(frames / 2 * 8 * 8,)`; the last class is the background."""
-    shares = []
+def sight(scene: Scene) -> dict[str, np.ndarray]:
+    """What each cell shows: arrays of `(cells, ...)` for `SIGHT_QUESTIONS`, cells in order of frame pair, row, column.
+
+    `colour` and `shape` are those of the object that covers most of it, the last class standing for none; `coverage`
+    is the share of each of its pixels that objects cover; `centre` is the way to that object's centre in cells.
+    """
+    pairs, rows, columns = NUM_FRAMES // 2, scene.height // CELL, scene.width // CELL
+    covers = [np.zeros((scene.num_frames, scene.height, scene.width), np.float32)]  # the background has number 0
     for index in range(len(scene.objects)):
         alpha = coverage(scene, index)
-        shares = [share * (1 - alpha) for share in shares] + [alpha]
-    shares = (
-        np.stack(shares).reshape(len(shares), NUM_FRAMES // 2, 2, 8, 8, 8, 8).mean((2, 4, 6)).reshape(len(shares), -1)
-    )
-    winner, empty = shares.argmax(0), shares.max(0) < 0.25
-    colours = np.array([list(COLOURS).index(thing.colour) for thing in scene.objects])
-    shapes = np.array([SHAPES.index(thing.shape) for thing in scene.objects])
-    return np.where(empty, len(COLOURS), colours[winner]), np.where(empty, len(SHAPES), shapes[winner])
+        covers = [cover * (1 - alpha) for cover in covers] + [alpha]
+    covers = np.stack(covers).reshape(-1, pairs, 2, rows, CELL, columns, CELL).mean(2).transpose(0, 1, 2, 4, 3, 5)
+    covers = covers.reshape(len(covers), -1, CELL * CELL)  # (objects, cells, pixels)
+    winner = np.where(covers.mean(2).max(0) < 0.25, 0, covers.mean(2).argmax(0))
+    colours = np.array([len(COLOURS), *(list(COLOURS).index(thing.colour) for thing in scene.objects)])
+    shapes = np.array([len(SHAPES), *(SHAPES.index(thing.shape) for thing in scene.objects)])
+    centres = np.zeros((1 + len(scene.objects), pairs, 2))
+    for index, thing in enumerate(scene.objects, 1):
+        centres[index] = np.array(thing.path).reshape(pairs, 2, 2).mean(1) * (columns, rows)
+    centres = np.repeat(centres, rows * columns, 1)[winner, np.arange(len(winner))]
+    y, x = np.divmod(np.arange(len(winner)) % (rows * columns), columns)
+    return {
+        "colour": colours[winner],
+        "shape": shapes[winner],
+        "coverage": covers.sum(0).astype(np.float32),
+        "centre": (centres - np.stack([x, y], 1) - 0.5).astype(np.float32),
+    }
 
 
 def make_batch(edits: SyntheticEdits, indices: range, references: bool) -> dict[str, object]:
@@ -127,13 +141,9 @@ def make_batch(edits: SyntheticEdits, indices: range, references: bool) -> dict[
     given = [answers(e) for e in items]
     # what was removed cannot be seen in the result
     knowable = [not (result and e.operation == "remove") for e, result in zip(items, shows_result, strict=True)]
-    seen = [
-        seen_in_cells(e.edited if r and e.edited.objects else e.scene)
-        for e, r in zip(items, shows_result, strict=True)
-    ]
+    seen = [sight(e.edited if result else e.scene) for e, result in zip(items, shows_result, strict=True)]
     return {
-        "seen_colour": torch.from_numpy(np.stack([colours for colours, _ in seen])),
-        "seen_shape": torch.from_numpy(np.stack([shapes for _, shapes in seen])),
+        "sight": {name: torch.from_numpy(np.concatenate([s[name] for s in seen])) for name in SIGHT_QUESTIONS},
         "clips": clips,
         "text": [e.instruction for e in items],
         "cells": cells.flatten(1),
@@ -155,16 +165,30 @@ class Batches(torch.utils.data.Dataset):
         return batch, dict(self.processor(batch.pop("clips"), batch["text"]))
 
 
+def sight_losses(predicted: torch.Tensor, truth: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    guess = dict(zip(SIGHT_QUESTIONS, predicted.float().split(list(SIGHT_QUESTIONS.values()), -1), strict=True))
+    shown = truth["shape"] < len(SHAPES)
+    # most cells show no object
+    weights = 1.0 + 4.0 * shown
+    terms = {
+        name: (F.cross_entropy(guess[name], truth[name], reduction="none") * weights).mean()
+        for name in ("colour", "shape")
+    }
+    terms["coverage"] = 10 * F.binary_cross_entropy_with_logits(guess["coverage"], truth["coverage"].clamp(0, 1))
+    terms["centre"] = F.l1_loss(guess["centre"][shown], truth["centre"][shown])
+    return terms
+
+
 def losses(predicted, batch) -> dict[str, torch.Tensor]:
-    clip_logits, places, cell_logits = predicted
+    clip_logits, places, cell_logits, sights = predicted
     cells, knowable, given = batch["cells"], batch["knowable"], batch["answers"]
     cell = dict(zip(CELL_QUESTIONS, cell_logits.float().split(list(CELL_QUESTIONS.values()), -1), strict=True))
     bce = F.binary_cross_entropy_with_logits(cell["changes"][..., 0], cells, reduction="none")
     # which of the objects it is, is the hard part
-    bce = (bce * (1 + 4 * (batch["seen_shape"] < len(SHAPES)))).mean(1)
-    terms = {"mask": 4 * (bce * knowable).sum() / knowable.sum()}
-    for name in ("seen_colour", "seen_shape"):
-        terms[name] = F.cross_entropy(cell[name].flatten(0, 1), batch[name].flatten())
+    weights = 1.0 + 4.0 * (batch["sight"]["shape"].view_as(cells) < len(SHAPES))
+    terms = {"mask": 4 * ((bce * weights).mean(1) * knowable).sum() / knowable.sum()}
+    for prefix, weight, answer in zip(("vision", "seen"), (1.0, 0.5), sights, strict=True):
+        terms |= {f"{prefix}_{k}": weight * v for k, v in sight_losses(answer, batch["sight"]).items()}
     inside = cells > 0.5
     for name in ("operation", "colour", "shape"):
         labels = given[name][:, None].expand_as(cells)[inside]
@@ -180,21 +204,34 @@ def losses(predicted, batch) -> dict[str, torch.Tensor]:
     return terms
 
 
+def ask(mllm, distiller, heads, inputs):
+    """The heads' answers to one batch of the processor's outputs."""
+    vision = []
+    tower = mllm.base_model.visual
+    handle = tower.register_forward_hook(lambda module, args, output: vision.append(output.pooler_output))
+    edit_states, visual_states, _, _ = distiller.harvest(mllm, inputs)
+    handle.remove()
+    return heads(edit_states, visual_states, vision[0])
+
+
 @torch.no_grad()
 def evaluate(mllm, distiller, heads, processor, edits: SyntheticEdits, num_clips: int = 128) -> dict[str, float]:
     heads.eval()
     union = overlap = 0.0
-    right = {k: [] for k in QUESTIONS}
+    right = {k: [] for k in (*QUESTIONS, "seen_colour", "seen_shape")}
     for start in range(0, num_clips, 32):
         batch = make_batch(edits, range(start, start + 32), references=False)
-        states = distiller.harvest(mllm, processor(batch["clips"], batch["text"]))
-        clip_logits, _, cell_logits = heads(*states[:2])
+        clip_logits, _, cell_logits, sights = ask(mllm, distiller, heads, processor(batch["clips"], batch["text"]))
         local = batch["has_place"].bool()
         guess, truth = cell_logits[local][..., 0] > 0, batch["cells"][local] > 0.5
         overlap, union = overlap + (guess & truth).sum().item(), union + (guess | truth).sum().item()
         for name, logits in clip_logits.items():
             known = batch["answers"][name] != NO_ANSWER
             right[name] += (logits.argmax(1) == batch["answers"][name])[known].tolist()
+        guesses = sights[1].split(list(SIGHT_QUESTIONS.values()), -1)
+        for name, guess in zip(("colour", "shape"), guesses, strict=False):
+            truth = batch["sight"][name]
+            right[f"seen_{name}"] += (guess.argmax(1) == truth)[truth < SIGHT_QUESTIONS[name] - 1].tolist()
     heads.train()
     return {"mask_iou": overlap / union} | {name: float(np.mean(hits)) for name, hits in right.items()}
 
@@ -226,7 +263,7 @@ def main() -> None:
 
     modules = {"mllm": mllm.base_model, "distiller": distiller, "heads": heads}
     parameters = [*mllm.base_model.parameters(), distiller.queries, *heads.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = MuonAdamW(block_matrices(mllm.base_model), parameters, lr=args.learning_rate)
     step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
     if checkpoint.is_dir():
         state = load_training_state(checkpoint, modules, optimizer)
@@ -254,8 +291,7 @@ def main() -> None:
             group["lr"] = rate
         batch, inputs = next(batches)
         with torch.autocast("cpu", torch.bfloat16):
-            edit_states, visual_states, _, _ = distiller.harvest(mllm, inputs)
-            terms = losses(heads(edit_states, visual_states), batch)
+            terms = losses(ask(mllm, distiller, heads, inputs), batch)
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

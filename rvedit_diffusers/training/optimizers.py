@@ -1,0 +1,68 @@
+"""Muon for the matrices inside blocks, AdamW for everything else, as one optimizer."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+
+def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:
+    """The weights of all trainable linear layers inside `modules`: what Muon is made for."""
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
+    return [layer.weight for layer in layers if layer.weight.requires_grad]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """`torch.optim.Muon` and `torch.optim.AdamW` side by side, with one learning rate that suits both.
+
+    Muon's update is scaled to the size of AdamW's, as in [Muon is Scalable for LLM
+    Training](https://arxiv.org/abs/2502.16982), so that rates and schedules carry over.
+
+    Args:
+        matrices (`Iterable[nn.Parameter]`): Two-dimensional parameters for Muon; see [`block_matrices`].
+        others (`Iterable[nn.Parameter]`): Parameters for AdamW. Those that are in `matrices` too are left out.
+        lr (`float`): Of both; `param_groups` has one group for each.
+        betas (`tuple[float, float]`): Of AdamW.
+        weight_decay (`float`): Of both.
+
+    Raises:
+        ValueError: A parameter in `matrices` has not two dimensions.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[nn.Parameter],
+        others: Iterable[nn.Parameter],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.98),
+        weight_decay: float = 0.01,
+    ):
+        matrices = list(matrices)
+        known = {id(parameter) for parameter in matrices}
+        others = [parameter for parameter in others if id(parameter) not in known]
+        super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
+        self.parts = (
+            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay),
+        )
+        self.param_groups = [part.param_groups[0] for part in self.parts]
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts work on this optimizer's own groups and state."""
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.param_groups, part.state = [group], self.state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
