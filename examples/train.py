@@ -200,8 +200,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. What learns
     if device.type == "cpu":
-        # the fused CPU kernel's backward pass costs twice that of plain matrix products
-        pipe.transformer.set_attention_backend("_native_math")
+        # the backward pass of the CPU's fused attention costs twice that of plain matrix products; compiled code
+        # goes by these switches, not by the attention backend
+        torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     num_layers = pipe.transformer.config.num_layers
     align_blocks = args.align_blocks or [num_layers // 3]

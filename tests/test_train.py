@@ -6,8 +6,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from components import build_pipeline
-from diffusers.models.attention_dispatch import attention_backend
 from safetensors.torch import load_file
+from torch.backends import cuda
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -39,8 +39,10 @@ def cache(model, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def restored_globals():
-    with attention_backend("native"):
-        yield
+    flash, reduction = cuda.flash_sdp_enabled(), cuda.fp16_bf16_reduction_math_sdp_allowed()
+    yield
+    cuda.enable_flash_sdp(flash)
+    cuda.allow_fp16_bf16_reduction_math_sdp(reduction)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process, several trainings of different precision
 
 
