@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 SEED ?= 0
-PROCESSES ?= 2
+PROCESSES ?= $(shell nvidia-smi --list-gpus 2> /dev/null | grep -c GPU | grep -v '^0$$' || echo 2)
 RUN := .venv/bin/python
 
 .PHONY: demo test score tiny lint clean .venv
@@ -10,7 +10,7 @@ RUN := .venv/bin/python
 .venv: .venv/installed
 
 .venv/installed: setup.cfg pyproject.toml
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	$(RUN) -m pip install --editable ".[train,test]"
 	touch $@
 
@@ -24,9 +24,11 @@ test: .venv/installed
 score: .venv/installed
 	$(RUN) examples/evaluate.py --seed $(SEED)
 
-# The embedded checkpoint from nothing: hours on two CPU cores. Each step goes on where it was stopped.
+# The embedded checkpoint from nothing: hours on two CPU cores. Each step goes on where it was stopped. The editor's
+# blocks are compiled, which needs a C++ compiler; one process a GPU, or two on CPUs.
 TRAIN := OMP_NUM_THREADS=1 $(RUN)
 tiny: .venv/installed
+	c++ --version > /dev/null
 	$(TRAIN) examples/tiny/train_vae.py --output runs/vae
 	$(TRAIN) examples/tiny/train_mllm.py --output runs/mllm
 	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init

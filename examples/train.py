@@ -10,6 +10,7 @@ connectors and the text encoder learn. The run goes on from `OUTPUT/checkpoint` 
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -29,10 +30,40 @@ from rvedit_diffusers.losses import (
     sample_token_positions,
 )
 from rvedit_diffusers.synthetic import SyntheticEdits
-from rvedit_diffusers.training.cache import fill_cache, load_cache
-from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
-from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices
+from rvedit_diffusers.training.cache import CHUNK_SIZE, fill_cache, load_cache
+from rvedit_diffusers.training.checkpoint import (
+    has_training_state,
+    load_training_state,
+    open_log,
+    save_training_state,
+)
+from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 from rvedit_diffusers.training.plots import plot_losses
+
+
+def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
+    """The options of the `--config` file as command line options, and `argv` after them, which so goes first."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(argv)[0].config
+    if path is None:
+        return argv
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} has to hold one JSON object")
+    unknown = set(values) - {action.dest for action in parser._actions}
+    if unknown:
+        parser.error(f"--config {path} sets unknown options: {', '.join(sorted(unknown))}")
+    options = []
+    for name, value in values.items():
+        if value is True:
+            options.append(f"--{name}")
+        elif value is not False and value is not None:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return options + argv
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -73,19 +104,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--log_every", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
 
-    # options given on the command line go before those of the file
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(argv)[0].config
-    if config is not None:
-        values = json.loads(config.read_text())
-        unknown = set(values) - {action.dest for action in parser._actions}
-        if unknown:
-            parser.error(f"--config {config} sets unknown options: {', '.join(sorted(unknown))}")
-        parser.set_defaults(**values)
-    args = parser.parse_args(argv)
+    args = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
+    sizes = ("num_pairs", "num_frames", "height", "width", "batch_size")
+    for name in (*sizes, "align_tokens", "align_every", "log_every", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
     if args.minutes is None and args.steps < 1:
         parser.error(f"--steps has to be at least 1, but is {args.steps}")
+    if args.num_pairs % CHUNK_SIZE:
+        parser.error(f"--num_pairs has to be a multiple of {CHUNK_SIZE}, but is {args.num_pairs}")
     if not (args.model / "model_index.json").is_file():
         parser.error(f"--model has to be the folder of a pipeline, but {args.model} holds no model_index.json")
     return args
@@ -223,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     modules = {"transformer": pipe.transformer, "distiller": pipe.distiller, "text_encoder": pipe.text_encoder}
     modules["heads"] = branches.heads
     step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
-    if checkpoint.is_dir():
+    if has_training_state(checkpoint):
         state = load_training_state(checkpoint, modules, optimizer)
         step, spent = state["step"], state["seconds"]
     model, optimizer = accelerator.prepare(branches, optimizer)
@@ -232,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     # 3. The loop
     main_process = accelerator.is_main_process
     bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step", disable=not main_process)
-    log = open(args.output / "log.jsonl", "a") if main_process else None
-    sums, progress = torch.zeros(3, device=device), 0.0
+    log = open_log(args.output / "log.jsonl", step) if main_process else None
+    sums, progress = torch.zeros(4, device=device), 0.0  # flow and alignment losses, steps with each
     while True:
         # every process has to follow the clock of the first
         progress = (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
@@ -241,9 +268,9 @@ def main(argv: list[str] | None = None) -> None:
             progress = accelerator.reduce(torch.tensor(progress if main_process else 0.0, device=device)).item()
         if progress >= 1.0:
             break
-        rate = min(1.0, (step + 1) / args.warmup_steps) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+        rate = args.learning_rate * warmup_cosine(step, args.warmup_steps, progress)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * rate
+            group["lr"] = rate
 
         batch, noise, sigmas, positions = sample_batch(data, empty, args, step, rank, num_processes, patch_volume)
         batch = {name: value.to(device) for name, value in batch.items()}
@@ -255,12 +282,13 @@ def main(argv: list[str] | None = None) -> None:
         flow_loss = flow_matching_loss(velocity, batch["latents"], noise, weight).mean()
         loss = flow_loss
         sums[0] += flow_loss.detach()
+        sums[2] += 1
         if align:
             align_loss = align_loss.mean()
             ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
             loss = loss + args.align_weight * ramp * align_loss
             sums[1] += align_loss.detach()
-            sums[2] += 1
+            sums[3] += 1
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -269,13 +297,13 @@ def main(argv: list[str] | None = None) -> None:
         bar.update()
 
         if step % args.log_every == 0 and main_process:
-            flow, align_total, align_count = sums.tolist()
+            flow, align_total, flow_count, align_count = sums.tolist()
             sums.zero_()
             entry = {
                 "step": step,
                 "progress": progress,
-                "lr": args.learning_rate * rate,
-                "flow": flow / args.log_every,
+                "lr": rate,
+                "flow": flow / flow_count,
             }
             if align_count:
                 entry["align"] = align_total / align_count

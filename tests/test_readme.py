@@ -44,6 +44,12 @@ def test_make_targets_exist(line):
     subprocess.run([*shlex.split(line), "--dry-run"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("line", [line for line in shell_lines() if "--model" in line])
+def test_models_are_pipelines(line):
+    words = shlex.split(line)
+    assert (ROOT / words[words.index("--model") + 1] / "model_index.json").is_file()
+
+
 @pytest.mark.parametrize("line", [line for line in shell_lines() if line.startswith("python ")])
 def test_options_of_scripts_exist(line, monkeypatch, capsys):
     _, script, *arguments = shlex.split(line)

@@ -17,6 +17,12 @@ import train  # noqa: E402
 from rvedit_diffusers import RVEDiTPipeline  # noqa: E402
 from rvedit_diffusers.synthetic import SyntheticEdits  # noqa: E402
 from rvedit_diffusers.training.cache import fill_cache, load_cache  # noqa: E402
+from rvedit_diffusers.training.checkpoint import (  # noqa: E402
+    has_training_state,
+    load_training_state,
+    open_log,
+    save_training_state,
+)
 
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
@@ -94,7 +100,8 @@ def test_what_learns_and_what_is_frozen(model, cache, tmp_path):
         old, new = getattr(before, name).state_dict(), getattr(after, name).state_dict()
         assert old.keys() == new.keys()
         same = {key for key in old if torch.equal(old[key], new[key])}
-        assert same <= {"queries"} | {key for key in old if not old[key].is_floating_point()}, f"{name}: {same}"
+        frozen = {"queries"} & old.keys()
+        assert frozen <= same <= frozen | {key for key in old if not old[key].is_floating_point()}, f"{name}: {same}"
 
 
 def test_without_alignment_there_is_no_reference_branch(model, cache, tmp_path):
@@ -138,7 +145,57 @@ def test_cache_is_the_frozen_parts_output_and_is_not_made_twice(model, cache, tm
     assert not torch.equal(rows["latents"][4], rows["latents"][7])
 
 
-@pytest.mark.parametrize("text, word", [('{"setps": 3}', "setps"), ('{"steps": 0}', "--steps")])
+def test_a_cache_of_other_edits_or_weights_is_refused(model, cache):
+    edits = SyntheticEdits(20, **SIZE, edits_per_scene=4)
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    with pytest.raises(ValueError, match="made of other edits or by other weights"):
+        fill_cache(pipe, SyntheticEdits(21, **SIZE, edits_per_scene=4), 32, cache)
+    with torch.no_grad():
+        next(pipe.mllm.parameters()).flatten()[0] += 1.0
+    with pytest.raises(ValueError, match="made of other edits or by other weights"):
+        fill_cache(pipe, edits, 32, cache)
+
+
+def test_a_log_goes_on_without_the_steps_that_are_trained_again(tmp_path):
+    with open_log(tmp_path / "runs" / "log.jsonl", 0) as log:
+        log.writelines(json.dumps({"step": step}) + "\n" for step in (20, 40, 60))
+    with open_log(tmp_path / "runs" / "log.jsonl", 40) as log:
+        log.write(json.dumps({"step": 60, "again": True}) + "\n")
+    entries = [json.loads(line) for line in (tmp_path / "runs" / "log.jsonl").read_text().splitlines()]
+    assert entries == [{"step": 20}, {"step": 40}, {"step": 60, "again": True}]
+
+
+def test_a_checkpoint_survives_a_death_between_its_renames(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    save_training_state(tmp_path / "checkpoint", {"module": module}, optimizer, {"step": 1})
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    assert has_training_state(tmp_path / "checkpoint")
+    assert load_training_state(tmp_path / "checkpoint", {"module": module}, optimizer) == {"step": 1}
+    save_training_state(tmp_path / "checkpoint", {"module": module}, optimizer, {"step": 2})
+    assert load_training_state(tmp_path / "checkpoint", {"module": module}, optimizer) == {"step": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model": str(model), "align_blocks": [0, 1], "steps": 3, "compile": True}))
+    args = train.parse_args([f"--config={config}", "--output=out", "--steps=7"])
+    assert (args.model, args.align_blocks, args.steps, args.compile) == (model, [0, 1], 7, True)
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ('{"setps": 3}', "setps"),
+        ('{"steps": 0}', "--steps"),
+        ('{"optimizer": "Muon"}', "--optimizer"),
+        ('{"num_pairs": 33}', "--num_pairs"),
+        ('{"batch_size": 0}', "--batch_size"),
+        ("[]", "--config"),
+        ("{", "--config"),
+    ],
+)
 def test_wrong_options_end_before_anything_is_loaded(model, tmp_path, capsys, text, word):
     config = tmp_path / "config.json"
     config.write_text(text)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
+from rvedit_diffusers.training.checkpoint import replace_folder
 
 
 README = """# The embedded checkpoint
@@ -106,8 +107,7 @@ def main() -> None:
         answers=answers,
     )
     (temporary / "README.md").write_text(text)
-    shutil.rmtree(args.output, ignore_errors=True)
-    temporary.rename(args.output)
+    replace_folder(temporary, args.output)
     size = sum(path.stat().st_size for path in args.output.rglob("*.safetensors")) / 1e6
     print(f"{args.output}: {size:.1f} MB of safetensors")
 

@@ -10,7 +10,7 @@ heads that answer them are thrown away; the model, the queries in its editing sl
 
 import argparse
 import json
-import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,8 +24,13 @@ from rvedit_diffusers import RVEDiTProcessor, RVEDiTTokenDistiller
 from rvedit_diffusers.synthetic import COLOURS, GRADES, OPERATIONS, SHAPES, TEST_PHOTOS, Edit, Scene, SyntheticEdits
 from rvedit_diffusers.synthetic.scenes import coverage
 from rvedit_diffusers.tiny import save_tiny_mllm
-from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
-from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices
+from rvedit_diffusers.training.checkpoint import (
+    has_training_state,
+    load_training_state,
+    open_log,
+    save_training_state,
+)
+from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 
 
 NUM_FRAMES = 6  # what the MLLM sees of a clip
@@ -252,8 +257,9 @@ def main() -> None:
     edits = SyntheticEdits(args.seed + 10, num_frames=NUM_FRAMES)
     unseen = SyntheticEdits(1_000_000, num_frames=NUM_FRAMES, photos=TEST_PHOTOS)
     corpus = [edits[index].instruction for index in range(2000)]
-    mllm, _ = save_tiny_mllm(args.output / "mllm", corpus=corpus, vocab_size=1024, seed=args.seed, **MLLM_CONFIG)
-    processor = RVEDiTProcessor.from_mllm(args.output / "mllm", **PROCESSOR_CONFIG)
+    with tempfile.TemporaryDirectory() as folder:
+        mllm, _ = save_tiny_mllm(folder, corpus=corpus, vocab_size=1024, seed=args.seed, **MLLM_CONFIG)
+        processor = RVEDiTProcessor.from_mllm(folder, **PROCESSOR_CONFIG)
     processor.chat_template = CHAT_TEMPLATE
     distiller = RVEDiTTokenDistiller(
         mllm_hidden_size=MLLM_CONFIG["hidden_size"], dim=TOKEN_WIDTH, num_edit_tokens=processor.num_edit_tokens
@@ -265,7 +271,7 @@ def main() -> None:
     parameters = [*mllm.base_model.parameters(), distiller.queries, *heads.parameters()]
     optimizer = MuonAdamW(block_matrices(mllm.base_model), parameters, lr=args.learning_rate)
     step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
-    if checkpoint.is_dir():
+    if has_training_state(checkpoint):
         state = load_training_state(checkpoint, modules, optimizer)
         step, spent = state["step"], state["seconds"]
     started = time.monotonic() - spent
@@ -274,7 +280,7 @@ def main() -> None:
         return (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
 
     bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step")
-    log = open(args.output / "log.jsonl", "a")
+    log = open_log(args.output / "log.jsonl", step)
     batches = iter(
         torch.utils.data.DataLoader(
             Batches(edits, processor, args.batch_size),
@@ -284,9 +290,7 @@ def main() -> None:
         )
     )
     while progress() < 1.0:
-        rate = (
-            args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
-        )
+        rate = args.learning_rate * warmup_cosine(step, 100, progress())
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch, inputs = next(batches)

@@ -16,7 +16,13 @@ from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
 from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_PHOTOS, SyntheticEdits
-from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
+from rvedit_diffusers.training.checkpoint import (
+    has_training_state,
+    load_training_state,
+    open_log,
+    save_training_state,
+)
+from rvedit_diffusers.training.optimizers import warmup_cosine
 
 
 LATENT_CHANNELS = 32
@@ -86,7 +92,7 @@ def main() -> None:
     unseen = clip_batch(SyntheticEdits(1_000_000, num_frames=17, photos=TEST_PHOTOS), 0, 16).to(device)
 
     step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
-    if checkpoint.is_dir():
+    if has_training_state(checkpoint):
         state = load_training_state(checkpoint, {"vae": vae}, optimizer)
         step, spent = state["step"], state["seconds"]
     started = time.monotonic() - spent
@@ -95,12 +101,9 @@ def main() -> None:
         return (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
 
     bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step")
-    args.output.mkdir(parents=True, exist_ok=True)
-    log = open(args.output / "log.jsonl", "a")
+    log = open_log(args.output / "log.jsonl", step)
     while progress() < 1.0:
-        rate = (
-            args.learning_rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress())) / 2)
-        )
+        rate = args.learning_rate * warmup_cosine(step, 100, progress())
         for group in optimizer.param_groups:
             group["lr"] = rate
         clips = clip_batch(edits, step * args.batch_size, args.batch_size).to(device)

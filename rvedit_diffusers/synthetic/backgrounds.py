@@ -24,15 +24,15 @@ TRAIN_PHOTOS = (
 )
 TEST_PHOTOS = ("skimage/data/coffee.png", "sklearn/datasets/images/china.jpg")
 BACKGROUNDS = ("photo", "texture", "gradient")
+SHORT_SIDE = 320
 
 
 @cache
-def load_photo(name: str, short_side: int = 320) -> Image.Image:
-    """Open a packaged photograph as RGB.
+def load_photo(name: str) -> Image.Image:
+    """Open a packaged photograph as RGB, its shorter side shrunk to at most `SHORT_SIDE` pixels.
 
     Args:
         name (`str`): An entry of `TRAIN_PHOTOS` or `TEST_PHOTOS`, `package/path/inside/it`.
-        short_side (`int`): The photograph is shrunk until its shorter side has at most this many pixels.
 
     Raises:
         ModuleNotFoundError: The package that carries the photograph is not installed.
@@ -44,7 +44,7 @@ def load_photo(name: str, short_side: int = 320) -> Image.Image:
             f"the photograph {name!r} ships inside `{package}`: install it with `pip install rvedit_diffusers[train]`"
         )
     photo = Image.open(Path(spec.submodule_search_locations[0]) / inside).convert("RGB")
-    factor = min(1.0, short_side / min(photo.size))
+    factor = min(1.0, SHORT_SIDE / min(photo.size))
     return photo.resize([round(side * factor) for side in photo.size], Image.Resampling.LANCZOS)
 
 

@@ -22,7 +22,7 @@ TEMPLATES = {
 }
 DEMO_SEED = 2_000_017
 RELATION_SHARE = 0.3  # of the instructions, where a relation names the object at all
-MARGIN = 0.12  # of the width: how far the leftmost object is ahead of the next, in every frame
+MARGIN = 0.12  # of the width: the lead of the leftmost object in every frame, and the least way of a moving one
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,9 @@ def referring_expressions(scene: Scene, index: int) -> tuple[list[str], list[str
         relations.append("the largest object")
     if all(SIZES[o.size] > SIZES[thing.size] for o in others):
         relations.append("the smallest object")
-    if thing.motion != "static" and all(o.motion == "static" for o in others):
-        relations.append("the moving object")
     path = np.array(thing.path)
+    if np.ptp(path, axis=0).max() >= MARGIN and all(np.ptp(o.path, axis=0).max() == 0 for o in others):
+        relations.append("the moving object")
     for axis, (low, high) in enumerate((("leftmost", "rightmost"), ("topmost", "bottommost"))):
         gaps = [np.array(o.path)[:, axis] - path[:, axis] for o in others]
         if all((gap >= MARGIN).all() for gap in gaps):
@@ -131,7 +131,7 @@ def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
         return Edit(operation, instruction, scene, apply(scene, operation, None, (grade,)), None, (grade,))
 
     visible = [i for i in range(len(scene.objects)) if (visible_share(scene, i) > 0.5).mean() >= 0.8]
-    target = int(rng.choice(visible or [len(scene.objects) - 1]))
+    target = int(rng.choice(visible))
     thing, taken = scene.objects[target], {(o.colour, o.shape) for o in scene.objects}
     value: tuple[str, ...] = ()
     if operation == "recolour":

@@ -33,12 +33,31 @@ def psnr(frames: np.ndarray, other: np.ndarray, region: np.ndarray | None = None
     return float(10 * np.log10(255.0**2 / max(mean, 1e-10)))
 
 
+def differs(frames: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where two uint8 clips differ by more than 2 of 255: `(frames, height, width)` bool."""
+    return np.abs(frames.astype(np.int16) - other).max(-1) > 2
+
+
+def share_nearer(frames: np.ndarray, target: np.ndarray, other: np.ndarray, region: np.ndarray) -> float:
+    """Share of the frames in which `frames` is nearer to `target` than to `other` inside `region`, in [0, 1].
+
+    Frames in which the two are alike there do not count; 1 if they are alike in all.
+
+    Args:
+        frames, target, other (`np.ndarray` of shape `(frames, height, width, 3)`): uint8.
+        region (`np.ndarray` of shape `(frames, height, width)`): bool.
+    """
+    differ = (region & differs(target, other)).any((1, 2))
+    nearer = squared_error(frames, target, region) < squared_error(frames, other, region)
+    return float(nearer[differ].mean()) if differ.any() else 1.0
+
+
 def judge(frames: np.ndarray, edit: Edit, share: float = 0.8) -> str:
     """Name what an edited clip shows: `"success"`, or the failure that it is nearest to.
 
-    The result has to be nearer to the true target than to the source, and than to every wrong edit, in at least
-    `share` of the frames. Two clips are told apart where they differ: the source inside the edit's mask, a wrong edit
-    inside the mask and wherever it changes something else.
+    In at least `share` of the frames the result has to be nearer to the true target than to the source and to every
+    wrong edit. It is compared inside the edit's mask, and with each wrong edit also in what that edit alone changes:
+    an edit of several objects at once is no success.
 
     Args:
         frames (`np.ndarray` of shape `(frames, height, width, 3)`): The edited clip, uint8.
@@ -54,21 +73,17 @@ def judge(frames: np.ndarray, edit: Edit, share: float = 0.8) -> str:
         )
     candidates = {"no edit": edit.source_frames}
     candidates |= {label: render(scene) for label, scene in edit.wrong_candidates().items()}
-    differences = {
-        label: np.abs(edit.target_frames.astype(np.int16) - candidate).max(-1) > 2
+    target, elsewhere = edit.target_frames, ~edit.mask
+    failures = [
+        label
         for label, candidate in candidates.items()
-    }
-    shares = {}
-    for label, candidate in candidates.items():
-        region = edit.mask | differences[label]
-        to_target = squared_error(frames, edit.target_frames, region)
-        to_candidate = squared_error(frames, candidate, region)
-        known = ~np.isnan(to_target)
-        shares[label] = (to_target < to_candidate)[known].mean() if known.any() else 1.0
-    if min(shares.values()) >= share:
+        if share_nearer(frames, target, candidate, edit.mask) < share
+        or share_nearer(frames, target, candidate, elsewhere & differs(target, candidate)) < share
+    ]
+    if not failures:
         return "success"
-    anywhere = np.logical_or.reduce(list(differences.values()))
-    return min(candidates, key=lambda label: np.nanmean(squared_error(frames, candidates[label], anywhere)))
+    anywhere = np.logical_or.reduce([differs(target, candidate) for candidate in candidates.values()])
+    return min(failures, key=lambda label: np.nanmean(squared_error(frames, candidates[label], anywhere)))
 
 
 def outside_psnr(frames: np.ndarray, edit: Edit) -> float:

@@ -1,15 +1,21 @@
 """What the frozen parts of a pipeline make of edit pairs, computed once and kept on disk."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..pipeline_rvedit import RVEDiTPipeline
 from ..synthetic import SyntheticEdits
+
+
+CHUNK_SIZE = 32  # edits in a file
 
 
 def encode_latents(pipe: RVEDiTPipeline, clips: list[np.ndarray]) -> torch.Tensor:
@@ -61,12 +67,25 @@ def encode_edits(pipe: RVEDiTPipeline, edits: SyntheticEdits, indices: range) ->
     }
 
 
+@torch.no_grad()
+def fingerprint(pipe: RVEDiTPipeline, edits: SyntheticEdits) -> str:
+    """A hash of all that [`encode_edits`] depends on: the edits' settings, the frozen weights, the processor."""
+    settings = [vars(edits), pipe.processor.to_dict(), pipe.processor.chat_template]
+    settings += [pipe.tokenizer.get_vocab(), pipe.tokenizer.model_max_length]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    tensors = {"queries": pipe.distiller.queries} | pipe.vae.state_dict(prefix="vae.")
+    for name, tensor in (tensors | pipe.mllm.state_dict(prefix="mllm.")).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def fill_cache(
     pipe: RVEDiTPipeline,
     edits: SyntheticEdits,
     num_edits: int,
     folder: str | Path,
-    chunk_size: int = 32,
+    chunk_size: int = CHUNK_SIZE,
     rank: int = 0,
     num_processes: int = 1,
 ) -> list[Path]:
@@ -76,23 +95,35 @@ def fill_cache(
         pipe ([`RVEDiTPipeline`]): Its VAE, MLLM, queries, processor and tokenizer are used.
         edits ([`SyntheticEdits`]): What to encode.
         num_edits (`int`): A multiple of `chunk_size`.
-        folder (`str` or `Path`): Where the files go. It has to belong to this `pipe` and these `edits`.
+        folder (`str` or `Path`): Where the files go.
         chunk_size (`int`, defaults to 32): Edits in a file.
         rank, num_processes (`int`): Processes that fill one folder together take turns.
 
     Returns:
         `list[Path]`: All files, in the order of the edits.
+
+    Raises:
+        ValueError: `num_edits` is no multiple of `chunk_size`, or a file in `folder` is of other edits or of a
+            pipeline whose frozen parts differ.
     """
     if num_edits < 1 or num_edits % chunk_size:
         raise ValueError(f"`num_edits` has to be a multiple of {chunk_size}, but is {num_edits}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"edits-{start:07d}.safetensors" for start in range(0, num_edits, chunk_size)]
+    key = fingerprint(pipe, edits)
+    for path in filter(Path.exists, paths):
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("fingerprint") != key:
+                raise ValueError(
+                    f"`folder` has {path}, made of other edits or by other weights: remove it or take another folder"
+                )
     for index in tqdm(range(rank, len(paths), num_processes), desc="encoding", unit="file", disable=rank > 0):
         if not paths[index].exists():
             rows = encode_edits(pipe, edits, range(index * chunk_size, (index + 1) * chunk_size))
             temporary = paths[index].with_suffix(f".partial{rank}")
-            save_file({name: value.contiguous() for name, value in rows.items()}, temporary)
+            rows = {name: value.contiguous() for name, value in rows.items()}
+            save_file(rows, temporary, metadata={"fingerprint": key})
             os.replace(temporary, paths[index])
     return paths
 

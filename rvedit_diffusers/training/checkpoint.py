@@ -3,15 +3,35 @@
 import json
 import shutil
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 
 
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename `new` to `folder`; whatever `folder` was before stays on disk until that has happened."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def has_training_state(folder: str | Path) -> bool:
+    """Whether `folder` is a checkpoint; puts the one before it back if the writer died between two renames."""
+    folder = Path(folder)
+    old = folder.with_name(folder.name + ".old")
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    return folder.is_dir()
+
+
 def save_training_state(
     folder: str | Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, state: dict
 ) -> None:
-    """Write weights, optimizer state and `state` to `folder`, replacing it in one rename.
+    """Write weights, optimizer state and `state` to `folder`; what it held before is removed last.
 
     Args:
         folder (`str` or `Path`): Where the checkpoint goes; its parent is created.
@@ -32,8 +52,19 @@ def save_training_state(
     }
     save_file(moments, temporary / "optimizer.safetensors")
     (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    replace_folder(temporary, folder)
+
+
+def open_log(path: str | Path, step: int) -> TextIO:
+    """Open a log of JSON lines to go on after `step`: lines of later steps, to be trained again, are taken out."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+    return open(path, "a")
 
 
 def load_training_state(

@@ -1,9 +1,21 @@
-"""Muon for the matrices inside blocks, AdamW for everything else, as one optimizer."""
+"""Muon for the matrices inside blocks, AdamW for everything else, as one optimizer; the learning rate over time."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+
+
+def warmup_cosine(step: int, warmup_steps: int, progress: float) -> float:
+    """Factor of the learning rate: a linear rise over `warmup_steps`, times a cosine from 1 to 0.02.
+
+    Args:
+        step (`int`): From 0.
+        warmup_steps (`int`): At least 0.
+        progress (`float`): Share of the training that is done, in [0, 1]: of its steps, or of its time.
+    """
+    return min(1.0, (step + 1) / max(warmup_steps, 1)) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:
