@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from .video import Video, read_video
 
 
+TOLERANCE = 1e-3  # by which resized clips overshoot [0, 1]
+
+
 def is_count(value) -> bool:
     """Whether `value` is an integer of at least 1; `True` is not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
@@ -28,25 +31,35 @@ def resize_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """
     if tuple(frames.shape[2:]) == size:
         return frames
-    return F.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp(-1.0, 1.0)
+    return F.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp_(-1.0, 1.0)
 
 
-def load_clips(video, num_frames: int | None = None) -> list[torch.Tensor]:
+def load_clips(
+    video, num_frames: int | None = None, max_frames: int | None = None, fps: float | list[float] | None = None
+) -> tuple[list[torch.Tensor], list[float | None]]:
     """
     One clip or a batch of clips as a list of tensors.
 
     Args:
         video: See [`RVEDiTPipeline.__call__`].
         num_frames (`int`, *optional*): Keep this many frames of each clip, from the first.
+        max_frames (`int`, *optional*): Longer clips are refused; of a file no more is decoded.
+        fps (`float` or `list[float]`, *optional*): Frames per second, for all clips or for each.
 
     Returns:
-        `list[torch.Tensor]`: one `(frames, 3, height, width)` for each clip, uint8 in [0, 255] or float32 in [0, 1].
+        `tuple`: a list of one `(frames, 3, height, width)` for each clip, uint8 in [0, 255] or float32 in [0, 1], and
+        a list of the clips' frames per second: `fps`, otherwise that of a file or [`Video`], otherwise `None`.
 
     Raises:
-        `TypeError`, `ValueError`: naming `video` or the clip `video[i]`, or `num_frames`.
+        `TypeError`, `ValueError`: naming `video` or the clip `video[i]`, `num_frames` or `fps`.
     """
     if num_frames is not None and not is_count(num_frames):
         raise ValueError(f"`num_frames` has to be an integer of at least 1, got {num_frames!r}.")
+    for rate in fps if isinstance(fps, (list, tuple)) else [fps]:
+        if rate is None and fps is None:
+            break
+        if isinstance(rate, bool) or not isinstance(rate, numbers.Real) or not 0 < rate < math.inf:
+            raise ValueError(f"`fps` has to be a number above 0, or a list of them, got {fps!r}.")
 
     if isinstance(video, (np.ndarray, torch.Tensor)):
         if video.ndim not in (4, 5):
@@ -70,30 +83,43 @@ def load_clips(video, num_frames: int | None = None) -> list[torch.Tensor]:
     if len(items) == 0:
         raise ValueError(f"`video` has to hold at least one clip, got shape {tuple(video.shape)}.")
 
+    if isinstance(fps, (list, tuple)) and len(fps) != len(items):
+        raise ValueError(f"`fps` has to be one number, or one for each of the {len(items)} clips, got {fps!r}.")
+
     is_batch = items is video or len(items) > 1
-    clips = []
+    clips, rates = [], []
     for index, item in enumerate(items):
-        name = f"video[{index}]" if is_batch else "video"
-        clip = _load_clip(name, item, num_frames)
-        if num_frames is not None and clip.shape[0] < num_frames:
-            raise ValueError(
-                f"`num_frames` has to be at most the clip's length, {clip.shape[0]} frames, got {num_frames}."
-            )
-        clips.append(clip[:num_frames])
-    return clips
+        clip, rate = _load_clip(f"video[{index}]" if is_batch else "video", item, num_frames, max_frames)
+        clips.append(clip)
+        rates.append(rate)
+    if fps is not None:
+        rates = [float(rate) for rate in (fps if isinstance(fps, (list, tuple)) else [fps] * len(clips))]
+    return clips, rates
 
 
-def _load_clip(name: str, video, num_frames: int | None) -> torch.Tensor:
-    # 1. To one array or tensor
+def _load_clip(name: str, video, num_frames: int | None, max_frames: int | None) -> tuple[torch.Tensor, float | None]:
+    # 1. To one array or tensor, no longer than it has to be
+    rate = None
     if isinstance(video, (str, os.PathLike)):
         if not Path(video).is_file():
             raise ValueError(f"`{name}` has to be a video file, but there is no file {str(video)!r}.")
         try:
-            video = read_video(video, max_frames=num_frames)
+            enough = None if max_frames is None else max_frames + 1
+            video = read_video(video, max_frames=num_frames if num_frames is not None else enough)
         except ValueError as error:
             raise ValueError(f"`{name}` has to be a video file: {error}") from error
     if isinstance(video, Video):
-        video = video.frames
+        video, rate = video.frames, float(video.fps)
+    if isinstance(video, (list, tuple, np.ndarray, torch.Tensor)):
+        length = len(video)
+        if num_frames is not None and 0 < length < num_frames:
+            raise ValueError(f"`num_frames` has to be at most the clip's length, {length} frames, got {num_frames}.")
+        if max_frames is not None and min(length, num_frames or length) > max_frames:
+            raise ValueError(
+                f"`{name}` has more frames than the {max_frames} that this transformer has positions for: pass"
+                " `num_frames`, or cut the clip into pieces."
+            )
+        video = video[:num_frames]
     if isinstance(video, (list, tuple)):
         if len(video) == 0:
             raise ValueError(f"`{name}` has to hold at least one frame, got an empty list.")
@@ -138,7 +164,9 @@ def _load_clip(name: str, video, num_frames: int | None) -> torch.Tensor:
     if clip.dtype != torch.uint8:
         clip = clip.float()
         low, high = (bound.item() for bound in clip.aminmax())  # NaN if one pixel is
-        if not (low >= 0.0 and high <= 1.0):
+        if not (low >= -TOLERANCE and high <= 1.0 + TOLERANCE):
             found = "NaN" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
             raise ValueError(f"`{name}` has to lie in [0, 1], if floating point, got {found}.")
-    return clip
+        if low < 0.0 or high > 1.0:
+            clip = clip.clamp(0.0, 1.0)
+    return clip, rate

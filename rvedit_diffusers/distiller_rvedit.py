@@ -150,8 +150,13 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
                 slots.
         """
         self.check_inputs(mllm, inputs)
+        # the base model is called, not `mllm`, so offloading needs to be told
         if hasattr(mllm, "_hf_hook") and hasattr(mllm._hf_hook, "pre_forward"):
-            mllm._hf_hook.pre_forward(mllm)  # the base model is called, not `mllm`, so offloading needs to be told
+            mllm._hf_hook.pre_forward(mllm)
+        hooks = getattr(mllm, "_diffusers_hook", None)
+        group_hook = hooks.get_hook("group_offloading") if hooks is not None else None
+        if group_hook is not None:
+            group_hook.pre_forward(mllm)
         base_model = mllm.base_model
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         edit_mask, visual_mask, visual_positions = (
@@ -181,6 +186,8 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state if last_layer else outputs.hidden_states[self.config.hidden_layer]
+        if group_hook is not None:
+            group_hook.post_forward(mllm, None)
 
         # 3. Read under the masks
         edit_states = hidden_states[edit_mask].view(batch_size, -1, hidden_states.shape[-1])

@@ -30,12 +30,14 @@ EXAMPLE_DOC_STRING = """
         >>> from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, read_video, write_video
 
         >>> pipe = RVEDiTPipeline.from_pretrained(TINY_CHECKPOINT)
-        >>> frames = pipe("source.mp4", "make the video black and white").frames[0]
-        >>> write_video("edited.mp4", frames, fps=read_video("source.mp4").fps, audio_from="source.mp4")
+        >>> clip = read_video("source.mp4")
+        >>> frames = pipe(clip, "make the video black and white").frames[0]
+        >>> write_video("edited.mp4", frames, clip.fps, audio_from=clip.path, audio_start=clip.start_time)
         ```
 """
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+FRAMES_AT_ONCE = 16  # are resized together: float copies of a whole clip at its own size would outweigh the models
 
 
 class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
@@ -80,6 +82,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->mllm->distiller->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder", "processor", "mllm", "distiller"]
     _callback_tensor_inputs = [
         "latents",
         "source_latents",
@@ -217,6 +220,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         video,
         prompt: str | list[str],
         num_frames: int | None = None,
+        fps: float | list[float] | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -224,10 +228,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         Distil clips and instructions into editing and visual tokens: one pass of the MLLM.
 
         Passed back to the call, the result replaces that pass; a negative prompt's first two become
-        `negative_edit_embeds` and `negative_visual_embeds`.
+        `negative_edit_embeds` and `negative_visual_embeds`. With gradients enabled the tokens carry the graph of the
+        whole MLLM; call it under `torch.no_grad()` to edit with them.
 
         Args:
-            video, prompt, num_frames:
+            video, prompt, num_frames, fps:
                 As in the call. The tokens belong to that `num_frames`.
             device (`torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
                 Of the tokens; the pipeline's execution device and the distiller's dtype by default.
@@ -241,16 +246,32 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         Raises:
             `TypeError`, `ValueError`: naming the argument, before the MLLM runs.
         """
-        clips = load_clips(video, num_frames)
+        for name in ("processor", "mllm", "distiller"):
+            if getattr(self, name) is None:
+                raise ValueError(f"The pipeline's component `{name}` is None: without it there are no tokens.")
         _check_texts("prompt", prompt)
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        return self._distill(self._prepare_mllm_inputs(clips, prompts, "prompt"), device, dtype)
+        clips, rates = load_clips(video, num_frames, self._max_frames(), fps)
+        if len(clips) != len(prompts) and 1 not in (len(clips), len(prompts)):
+            raise ValueError(
+                f"`prompt` has {len(prompts)} entries, but `video` has {len(clips)}: they have to agree, or one has a"
+                " single entry for all."
+            )
+        inputs = self._prepare_mllm_inputs(clips, rates, prompts, "prompt")
+        self.distiller.check_inputs(self.mllm, inputs)
+        return self._distill(inputs, device, dtype)
 
-    def _prepare_mllm_inputs(self, clips: list[torch.Tensor], prompts: list[str], name: str) -> BatchFeature:
+    def _prepare_mllm_inputs(
+        self, clips: list[torch.Tensor], rates: list[float | None], prompts: list[str], name: str
+    ) -> BatchFeature:
         batch_size = max(len(clips), len(prompts))
+        rates = [self.processor.default_fps if rate is None else rate for rate in rates]
+        num_repeats = batch_size // len(clips)
         try:
             inputs = self.processor(
-                videos=clips * (batch_size // len(clips)), text=list(prompts) * (batch_size // len(prompts))
+                videos=clips * num_repeats,
+                text=list(prompts) * (batch_size // len(prompts)),
+                fps=rates * num_repeats,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"The processor takes no such `video` or `{name}`: {error}") from error
@@ -275,6 +296,13 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             self.distiller._hf_hook.post_forward(self.distiller, None)
         edit_embeds, visual_embeds = (tokens.to(device, dtype) for tokens in (edit_embeds, visual_embeds))
         return edit_embeds, visual_embeds, visual_positions.to(device), None if mask is None else mask.to(device)
+
+    def _max_frames(self) -> int | None:
+        # The longest clip that the transformer has positions for.
+        if self.transformer is None:
+            return None
+        latent_frames = self.transformer.config.rope_max_seq_len * self.transformer.config.patch_size[0]
+        return (latent_frames - 1) * self.vae_scale_factor_temporal + 1
 
     def _padded_length(self, num_frames: int) -> int:
         # Latent frame 0 holds one frame, each further one `vae_scale_factor_temporal`; the transformer's patches hold
@@ -301,7 +329,6 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
     def check_inputs(
         self,
-        clips,
         prompt,
         negative_prompt,
         height,
@@ -326,10 +353,23 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         attention_kwargs,
         max_sequence_length,
     ):
+        """Check everything but the clips; the arguments are those of the call, defaults filled in.
+
+        Raises:
+            `TypeError`, `ValueError`: naming the argument, its value and what would be right.
+        """
         # 1. Components that every call needs
         for name in ("vae", "transformer", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"The pipeline's component `{name}` is None: no call works without it.")
+        # schedulers of other families integrate another equation, without a word
+        for name, right in (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True)):
+            value = self.scheduler.config.get(name, right)
+            if value != right:
+                raise ValueError(
+                    f"The pipeline's component `scheduler` has {name}={value!r}, but this transformer predicts a flow:"
+                    f" make it with {name}={right!r}."
+                )
 
         # 2. Numbers, names and callables
         for name, value in (
@@ -454,7 +494,30 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 f" {source_guidance_scale}."
             )
 
-        # 6. Batch sizes
+        # 6. Noise
+        for item in generator if isinstance(generator, (list, tuple)) else [generator]:
+            if not isinstance(item, torch.Generator) and generator is not None:
+                raise TypeError(
+                    f"`generator` has to be a torch.Generator or a list of them, got {type(item).__name__}."
+                )
+            device = self._execution_device.type
+            if generator is not None and item.device.type not in ("cpu", device):
+                raise ValueError(f"`generator` has to be on the CPU or on {device}, got one on {item.device}.")
+        _check_tensor("latents", latents, ("batch", "channels", "frames", "height", "width"))
+
+    def _check_clips(
+        self,
+        clips: list[torch.Tensor],
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        embeds: dict[str, torch.Tensor | None],
+        height: int | None,
+        width: int | None,
+        num_videos_per_prompt: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+    ) -> None:
+        # 1. Batch sizes
         batch_sizes = {"video": len(clips)}
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             batch_sizes[name] = len(value) if isinstance(value, (list, tuple)) else 1
@@ -475,14 +538,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     " a batch have to agree. Edit clips of different length or size one by one."
                 )
 
-        # 7. Noise
+        # 2. Noise
         num_outputs = batch_size * num_videos_per_prompt
-        generators = generator if isinstance(generator, (list, tuple)) else [generator]
-        for item in generators:
-            if item is not None and not isinstance(item, torch.Generator):
-                raise TypeError(
-                    f"`generator` has to be a torch.Generator or a list of them, got {type(item).__name__}."
-                )
         if isinstance(generator, (list, tuple)) and len(generator) != num_outputs:
             raise ValueError(
                 f"`generator` has to be a list of {num_outputs}, one for each video (batch size times"
@@ -515,6 +572,23 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             height // self.vae_scale_factor_spatial,
             width // self.vae_scale_factor_spatial,
         )
+
+    def encode_video(self, video: torch.Tensor) -> torch.Tensor:
+        r"""
+        Encode clips with the VAE.
+
+        Args:
+            video (`torch.Tensor` of shape `(batch, 3, num_frames, height, width)`):
+                In [-1, 1], of a length and size that the VAE encodes whole.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, channels, latent_frames, latent_height, latent_width)`, float32: the mode
+            of the latents, normalised by the VAE's mean and standard deviation.
+        """
+        video = video.to(get_module_execution_device(self.vae), self.vae.dtype)
+        latents = self.vae.encode(video).latent_dist.mode().float()
+        mean, std = self._latents_statistics(latents.device)
+        return (latents - mean) / std
 
     def prepare_latents(
         self,
@@ -551,12 +625,31 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
         source_latents = None
         if video is not None:
-            vae_device = get_module_execution_device(self.vae)
-            source_latents = self.vae.encode(video.to(vae_device, self.vae.dtype)).latent_dist.mode().float()
-            mean, std = self._latents_statistics(source_latents.device)
-            source_latents = ((source_latents - mean) / std).to(device=device, dtype=dtype)
+            source_latents = self.encode_video(video).to(device=device, dtype=dtype)
 
         return latents, source_latents
+
+    def _prepare_video(self, clips: list[torch.Tensor], size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        # Clips as the VAE takes them: (batch, 3, frames, height, width) in [-1, 1], the last frame repeated.
+        num_frames = clips[0].shape[0]
+        shape = (len(clips), 3, self._padded_length(num_frames), *size)
+        video = torch.empty(shape, dtype=self.vae.dtype, device=device)
+        for row, clip in zip(video, clips):
+            for start in range(0, num_frames, FRAMES_AT_ONCE):
+                frames = clip[start : start + FRAMES_AT_ONCE].to(device)
+                frames = frames.float() / 127.5 - 1.0 if frames.dtype == torch.uint8 else frames * 2.0 - 1.0
+                row[:, start : start + len(frames)] = resize_frames(frames, size).transpose(0, 1)
+            row[:, num_frames:] = row[:, num_frames - 1 : num_frames]
+        return video
+
+    def _resize_video(self, video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        # (batch, 3, frames, height, width) of any floating dtype in [-1, 1] to float32 of another height and width
+        resized = video.new_empty((*video.shape[:3], *size), dtype=torch.float32)
+        for row, clip in zip(resized, video):
+            for start in range(0, clip.shape[1], FRAMES_AT_ONCE):
+                frames = clip[:, start : start + FRAMES_AT_ONCE].transpose(0, 1).float()
+                row[:, start : start + len(frames)] = resize_frames(frames, size).transpose(0, 1)
+        return resized
 
     def _latents_statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         statistics = (self.vae.config.latents_mean, self.vae.config.latents_std)
@@ -628,6 +721,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 512,
+        fps: float | list[float] | None = None,
     ) -> RVEDiTPipelineOutput | tuple:
         r"""
         Edit one clip or a batch of clips.
@@ -637,13 +731,13 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         result has the batch size times `num_videos_per_prompt` clips; those of one sample are neighbours.
 
         Args:
-            video (`str`, `os.PathLike`, [`Video`], `list[PIL.Image.Image]`, `np.ndarray`, `torch.Tensor`, or a `list`
-            of those):
+            video (`str`, `os.PathLike`, [`Video`], `list[PIL.Image.Image]`, `np.ndarray`, `torch.Tensor` or `list`):
                 The source clip: a file, the result of [`read_video`], a list of images, an array `(frames, height,
                 width, 3)`, a tensor `(frames, 3, height, width)`, or a list of single frames of such shape. A list of
-                clips, or an array or tensor with one more axis, is a batch, whose clips agree in length and size.
-                Arrays and tensors are uint8 in [0, 255] or floating point in [0, 1], RGB. Any length is fine, since
-                the last frame is repeated up to a length that the VAE encodes and the result is cut back.
+                any of those, or an array or tensor with one more axis, is a batch, whose clips agree in length and
+                size. Arrays and tensors are uint8 in [0, 255] or floating point in [0, 1], RGB. Any length up to the
+                transformer's positions is fine, since the last frame is repeated up to a length that the VAE encodes
+                and the result is cut back.
             prompt (`str` or `list[str]`, *optional*):
                 The instruction. The MLLM and the text encoder both read it: `None` requires `prompt_embeds` and the
                 MLLM's tokens; next to `prompt_embeds` it goes to the MLLM alone.
@@ -675,9 +769,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 Edits of each sample, from different noise.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 Makes the result deterministic. A list has one for each clip of the result.
-            latents (`torch.Tensor` of shape `(batch * num_videos_per_prompt, in_channels, latent_frames,
-            latent_height, latent_width)`, *optional*):
-                Gaussian noise to start from, in place of drawing it.
+            latents (`torch.Tensor`, *optional*):
+                Gaussian noise to start from, in place of drawing it: `(batch * num_videos_per_prompt, in_channels,
+                latent_frames, latent_height, latent_width)`.
             prompt_embeds, negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
                 Text tokens, as [`~RVEDiTPipeline.encode_prompt`] returns them.
             edit_embeds (`torch.Tensor` of shape `(batch, num_edit_tokens, dim)`, *optional*):
@@ -699,10 +793,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 `"np"`, `"pt"`, `"pil"` or `"latent"`; see [`RVEDiTPipelineOutput`].
             return_dict (`bool`, defaults to `True`):
                 Whether to return a [`RVEDiTPipelineOutput`] or a tuple.
-            callback_on_step_end (`Callable`, [`~diffusers.callbacks.PipelineCallback`] or
-            [`~diffusers.callbacks.MultiPipelineCallbacks`], *optional*):
+            callback_on_step_end (`Callable` or [`~diffusers.callbacks.PipelineCallback`], *optional*):
                 `callback_on_step_end(pipe, step, timestep, callback_kwargs)`, called after each step; tensors in the
-                dict that it returns replace the pipeline's. Setting `pipe._interrupt = True` skips the remaining
+                dict that it returns replace the pipeline's. Also a
+                [`~diffusers.callbacks.MultiPipelineCallbacks`]. Setting `pipe._interrupt = True` skips the remaining
                 steps.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
                 Names of the tensors in `callback_kwargs`, out of `pipe._callback_tensor_inputs`. Without guidance the
@@ -711,6 +805,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 `{"scale": float}` scales the LoRA layers.
             max_sequence_length (`int`, defaults to 512):
                 Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less.
+            fps (`float` or `list[float]`, *optional*):
+                Frames per second of the clips, from which the MLLM gets its time stamps. By default that of the file
+                or [`Video`], and for images, arrays and tensors the processor's `default_fps`.
 
         Examples:
 
@@ -729,10 +826,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if source_guidance_scale is None:
             source_guidance_scale = self.config.default_source_guidance_scale
 
-        # 1. Read the clips and check all inputs
-        clips = load_clips(video, num_frames)
+        # 1. Check all inputs and read the clips
         self.check_inputs(
-            clips,
             prompt,
             negative_prompt,
             height,
@@ -757,6 +852,21 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             attention_kwargs,
             max_sequence_length,
         )
+        generator = list(generator) if isinstance(generator, tuple) else generator
+        clips, rates = load_clips(video, num_frames, self._max_frames(), fps)
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "edit_embeds": edit_embeds,
+            "negative_edit_embeds": negative_edit_embeds,
+            "visual_embeds": visual_embeds,
+            "negative_visual_embeds": negative_visual_embeds,
+            "visual_positions": visual_positions,
+            "visual_attention_mask": visual_attention_mask,
+        }
+        self._check_clips(
+            clips, prompt, negative_prompt, embeds, height, width, num_videos_per_prompt, generator, latents
+        )
 
         self._guidance_scale = guidance_scale
         self._source_guidance_scale = source_guidance_scale
@@ -770,9 +880,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         has_null = self.do_classifier_free_guidance or self.do_source_guidance
         prompts = prompt if prompt is None or isinstance(prompt, (list, tuple)) else [prompt]
         negative_prompts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""]
-        embeds = (prompt_embeds, negative_prompt_embeds, edit_embeds, negative_edit_embeds)
-        embeds += (visual_embeds, negative_visual_embeds, visual_positions, visual_attention_mask)
-        batch_size = max(len(rows) for rows in (clips, prompts, negative_prompts, *embeds) if rows is not None)
+        rows_of_all = (clips, prompts, negative_prompts, *embeds.values())
+        batch_size = max(len(rows) for rows in rows_of_all if rows is not None)
         num_outputs = batch_size * num_videos_per_prompt
         num_frames, _, source_height, source_width = clips[0].shape
         latents_shape = self._latents_shape(num_outputs, clips[0], height, width)
@@ -783,10 +892,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         missing = self._missing_tokens(edit_embeds, visual_embeds)
         mllm_inputs = negative_mllm_inputs = None
         if missing:
-            mllm_inputs = self._prepare_mllm_inputs(clips, prompts, "prompt")
+            mllm_inputs = self._prepare_mllm_inputs(clips, rates, prompts, "prompt")
             self.distiller.check_inputs(self.mllm, mllm_inputs)
             if has_null and any(text.strip() for text in negative_prompts):
-                negative_mllm_inputs = self._prepare_mllm_inputs(clips, negative_prompts, "negative_prompt")
+                negative_mllm_inputs = self._prepare_mllm_inputs(clips, rates, negative_prompts, "negative_prompt")
 
         # 4. Encode the texts
         if "text" in self.token_streams:
@@ -811,10 +920,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             edit_tokens, visual_tokens, *_ = self._distill(negative_mllm_inputs, device, dtype)
             # A blank text gets the null condition, alone or among others.
             is_blank = torch.tensor([not text.strip() for text in negative_prompts], device=device).view(-1, 1, 1)
-            if "edit_embeds" in missing and negative_edit_embeds is None:
+            if edit_embeds is not None and negative_edit_embeds is None:
                 negative_edit_embeds = edit_tokens.masked_fill(is_blank, 0.0)
             if "visual_embeds" in missing:
                 negative_visual_embeds = visual_tokens.masked_fill(is_blank, 0.0)
+        del mllm_inputs, negative_mllm_inputs  # the clips' pixels, on the MLLM's device
         if has_null and edit_embeds is not None and negative_edit_embeds is None:
             negative_edit_embeds = torch.zeros_like(edit_embeds)
         if has_null and visual_embeds is not None and negative_visual_embeds is None:
@@ -841,20 +951,14 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         # 7. Prepare latents
         source_video = None
         if self.transformer.config.source_channels:
-            num_repeats = self._padded_length(num_frames) - num_frames
             size = self._legal_size(source_height, source_width, height, width)
-            source_video = []
-            for clip in clips:
-                frames = clip.to(device)
-                frames = frames.float() / 127.5 - 1.0 if clip.dtype == torch.uint8 else frames * 2.0 - 1.0
-                frames = resize_frames(frames, size)  # (frames, 3, height, width) in [-1, 1]
-                source_video.append(torch.cat([frames, frames[-1:].expand(num_repeats, -1, -1, -1)]))
-            source_video = torch.stack(source_video).transpose(1, 2)  # (batch, 3, frames, height, width)
+            source_video = self._prepare_video(clips, size, device)
         latents, source_latents = self.prepare_latents(
             source_video, latents_shape, torch.float32, device, generator, latents
         )
         if source_latents is not None:
             source_latents = _repeat(source_latents.to(dtype), num_outputs)
+        del clips, source_video
 
         # 8. Denoising loop
         self._num_timesteps = len(timesteps)
@@ -951,10 +1055,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             mean, std = self._latents_statistics(latents.device)
             latents = (latents * std + mean).to(get_module_execution_device(self.vae), self.vae.dtype)
             video = self.vae.decode(latents, return_dict=False)[0]  # (batch, 3, frames, height, width)
-            video = video[:, :, :num_frames].float()
-            if height is None and width is None:
-                frames = resize_frames(video.transpose(1, 2).flatten(0, 1), (source_height, source_width))
-                video = frames.unflatten(0, (num_outputs, num_frames)).transpose(1, 2)
+            video = video[:, :, :num_frames]
+            size = (source_height, source_width) if height is None and width is None else tuple(video.shape[3:])
+            video = self._resize_video(video, size)
             video = self.video_processor.postprocess_video(video, output_type=output_type)
 
         # Offload all models

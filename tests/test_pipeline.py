@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.hooks.group_offloading import ModuleGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTPipelineOutput, read_video, write_video
@@ -123,10 +124,47 @@ def test_path_gives_the_edit_of_its_frames(shared_pipe, clip, tmp_path):
     path = tmp_path / "clip.mp4"
     write_video(path, clip, fps=8)
     video = read_video(path)
-    expected = edit(shared_pipe, video.frames)
+    expected = edit(shared_pipe, video.frames, fps=8)
     for form in (path, str(path), video, [path]):
         assert torch.equal(edit(shared_pipe, form), expected)
-    assert torch.equal(edit(shared_pipe, path, num_frames=3), edit(shared_pipe, video.frames[:3]))
+    assert torch.equal(edit(shared_pipe, path, num_frames=3), edit(shared_pipe, video.frames[:3], fps=8))
+
+
+def test_rate_of_the_clip_reaches_the_mllm(clip, tmp_path):
+    pipe = build_pipeline("qwen3_vl")  # whose time stamps are text
+    write_video(tmp_path / "clip.mp4", clip, fps=2)
+    frames = read_video(tmp_path / "clip.mp4").frames
+    of_file = tokens_of(pipe, tmp_path / "clip.mp4")["edit_embeds"]
+    assert torch.equal(of_file, tokens_of(pipe, frames, fps=2)["edit_embeds"])
+    assert not torch.equal(of_file, tokens_of(pipe, frames)["edit_embeds"])
+    assert torch.equal(tokens_of(pipe, frames)["edit_embeds"], tokens_of(pipe, frames, fps=16)["edit_embeds"])
+
+
+def test_no_more_of_a_file_is_decoded_than_can_be_edited(shared_pipe, tmp_path, monkeypatch):
+    limit = (32 - 1) * 4 + 1  # the transformer's positions in frames
+    write_video(tmp_path / "long.mp4", np.zeros((limit + 9, 16, 16, 3), np.uint8), fps=24)
+    decoded = []
+
+    def count(*args, **kwargs):
+        video = read_video(*args, **kwargs)
+        decoded.append(video.num_frames)
+        return video
+
+    monkeypatch.setattr("rvedit_diffusers.clips.read_video", count)
+    with pytest.raises(ValueError, match=f"`video` has more frames than the {limit}"):
+        shared_pipe(tmp_path / "long.mp4", PROMPT)
+    assert decoded == [limit + 1]
+    with pytest.raises(ValueError, match="`height`"):
+        shared_pipe(tmp_path / "long.mp4", PROMPT, height=7)
+    assert len(decoded) == 1
+
+
+def test_floats_may_overshoot_by_rounding(shared_pipe, clip):
+    array = clip.astype(np.float32) / 255
+    over = array.copy()
+    over[0, 0, 0] = [1.0000001, -1e-7, 0.5]
+    array[0, 0, 0] = [1.0, 0.0, 0.5]
+    assert torch.equal(edit(shared_pipe, over), edit(shared_pipe, array))
 
 
 def test_other_image_modes_are_read_as_rgb(shared_pipe, clip):
@@ -243,6 +281,10 @@ def test_videos_of_one_prompt_are_neighbours(shared_pipe, clip):
 
 
 # ---- Noise ----
+
+
+def test_a_tuple_of_generators_is_a_list(shared_pipe, clip):
+    assert torch.equal(edit(shared_pipe, clip, generator=(generator(),)), edit(shared_pipe, clip))
 
 
 def test_same_seed_same_edit(shared_pipe, clip):
@@ -429,6 +471,18 @@ def test_negative_prompt_reaches_text_encoder_and_mllm(pipe, clip):
     assert not torch.equal(through_text, negative) and not torch.equal(through_text, plain)
 
 
+def test_negative_prompt_reaches_the_mllm_next_to_given_edit_embeds(shared_pipe, clip):
+    given = {"edit_embeds": tokens_of(shared_pipe, clip)["edit_embeds"]}
+    negative = tokens_of(shared_pipe, clip, "blue dog")["edit_embeds"]
+    result = edit(shared_pipe, clip, negative_prompt="blue dog", **given)
+    expected = edit(shared_pipe, clip, negative_prompt="blue dog", negative_edit_embeds=negative, **given)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    nothing = torch.zeros_like(negative)
+    assert not torch.equal(
+        result, edit(shared_pipe, clip, negative_prompt="blue dog", negative_edit_embeds=nothing, **given)
+    )
+
+
 @pytest.mark.parametrize("blank", ["", None, [""]])
 def test_blank_negative_prompt_is_the_null_condition(pipe, clip, blank):
     calls = Calls(pipe.mllm.model)
@@ -570,6 +624,15 @@ def test_unipc_scheduler_integrates_the_flow(pipe, clip):
         flow = velocity(pipe, latents, timesteps[step], conditions, "", conditions["source_latents"])
         latents = latents + (sigmas[step + 1] - sigmas[step]) * flow
     torch.testing.assert_close(result, latents, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, name", [({}, "prediction_type"), ({"prediction_type": "flow_prediction"}, "use_flow")]
+)
+def test_schedulers_that_integrate_no_flow_are_refused(pipe, clip, change, name):
+    pipe.scheduler = UniPCMultistepScheduler(**change)
+    with pytest.raises(ValueError, match=f"`scheduler` has {name}"):
+        edit(pipe, clip)
 
 
 def test_first_block_cache_at_threshold_zero_is_exact(pipe, clip):
@@ -740,6 +803,16 @@ def test_load_without_the_encoders(pipe, clip, tmp_path):
     torch.testing.assert_close(result, edit(pipe, clip), atol=1e-6, rtol=0)
 
 
+def test_save_and_load_without_the_encoders(pipe, tmp_path):
+    names = ("tokenizer", "text_encoder", "processor", "mllm", "distiller")
+    for name in names:
+        setattr(pipe, name, None)
+    pipe.register_modules(**dict.fromkeys(names))
+    pipe.save_pretrained(tmp_path)
+    loaded = RVEDiTPipeline.from_pretrained(tmp_path)
+    assert all(getattr(loaded, name) is None for name in names)
+
+
 def test_from_pipe(pipe, clip):
     same = RVEDiTPipeline.from_pipe(pipe)
     same.set_progress_bar_config(disable=True)
@@ -770,6 +843,20 @@ def test_model_cpu_offload_frees_the_mllm_before_the_transformer_runs(pipe, clip
     assert last_mllm < events.index("no mllm", last_mllm) < events.index("transformer")
 
 
+@pytest.mark.parametrize(
+    "offload", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
+)
+def test_group_offload_loads_the_mllm(pipe, clip, offload, monkeypatch):
+    expected = edit(pipe, clip)
+    embedding = pipe.mllm.get_input_embeddings()
+    pipe.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
+    loaded, onload = [], ModuleGroup.onload_
+    monkeypatch.setattr(ModuleGroup, "onload_", lambda self: (loaded.append(self), onload(self))[1])
+    assert torch.equal(edit(pipe, clip), expected)
+    modules = [inner for group in loaded for module in group.modules for inner in module.modules()]
+    assert any(module is embedding for module in modules)
+
+
 def test_sequential_cpu_offload(pipe, clip):
     from accelerate import cpu_offload
 
@@ -784,7 +871,7 @@ def test_sequential_cpu_offload(pipe, clip):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["none", "model", "sequential", "group"])
+@pytest.mark.parametrize("mode", ["none", "model", "sequential", "block_level", "leaf_level"])
 def test_devices(pipe, clip, mode):
     expected = edit(pipe, clip, negative_prompt="black and white")
     if mode == "none":
@@ -794,5 +881,5 @@ def test_devices(pipe, clip, mode):
     elif mode == "sequential":
         pipe.enable_sequential_cpu_offload()
     else:
-        pipe.enable_group_offload(torch.device("cuda"), offload_type="leaf_level")
+        pipe.enable_group_offload(torch.device("cuda"), offload_type=mode, num_blocks_per_group=1)
     torch.testing.assert_close(edit(pipe, clip, negative_prompt="black and white").cpu(), expected, atol=1e-3, rtol=0)

@@ -236,6 +236,10 @@ WRONG_CALLS = {
         ValueError,
         ["`attention_kwargs`", "sacle", "'scale'"],
     ),
+    "generators with a gap": ({"generator": [None]}, TypeError, ["`generator`", "NoneType"]),
+    "fps 0": ({"fps": 0}, ValueError, ["`fps`", "0"]),
+    "fps as text": ({"fps": "24"}, ValueError, ["`fps`", "24"]),
+    "fps of another batch": ({"fps": [24, 25]}, ValueError, ["`fps`", "1 clips", "[24, 25]"]),
     "max_sequence_length 0": ({"max_sequence_length": 0}, ValueError, ["`max_sequence_length`", "0"]),
 }
 
@@ -305,6 +309,16 @@ def test_source_guidance_without_source_channels(forward_passes):
 def test_no_model_runs_is_a_real_check(shared_pipe, forward_passes):
     shared_pipe(CLIP, PROMPT)
     assert {"UMT5EncoderModel", "RVEDiTTransformer3DModel"} <= set(forward_passes)
+
+
+def test_encode_tokens_checks_batch_and_components(pipe, forward_passes):
+    for clips, prompts in ((2, 4), (4, 2)):
+        with pytest.raises(ValueError, match=f"`prompt` has {prompts} entries, but `video` has {clips}"):
+            pipe.encode_tokens([CLIP] * clips, [PROMPT] * prompts)
+    pipe.processor = None
+    with pytest.raises(ValueError, match="`processor` is None"):
+        pipe.encode_tokens(CLIP, PROMPT)
+    assert forward_passes == []
 
 
 @pytest.mark.parametrize("prompt, error", [(None, TypeError), ([], ValueError), ([1], TypeError)])

@@ -156,6 +156,13 @@ def test_a_cache_of_other_edits_or_weights_is_refused(model, cache):
         fill_cache(pipe, edits, 32, cache)
 
 
+def test_clips_that_the_vae_cannot_encode_whole_are_refused(model, tmp_path):
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    with pytest.raises(ValueError, match=r"clips of 6 frames, but the VAE encodes 4k \+ 1"):
+        fill_cache(pipe, SyntheticEdits(20, num_frames=6, height=32, width=32), 32, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_log_goes_on_without_the_steps_that_are_trained_again(tmp_path):
     with open_log(tmp_path / "runs" / "log.jsonl", 0) as log:
         log.writelines(json.dumps({"step": step}) + "\n" for step in (20, 40, 60))

@@ -19,14 +19,9 @@ CHUNK_SIZE = 32  # edits in a file
 
 
 def encode_latents(pipe: RVEDiTPipeline, clips: list[np.ndarray]) -> torch.Tensor:
-    """The VAE's most likely latents of uint8 clips, normalised: `(batch, channels, frames, height, width)` float32."""
-    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).to(pipe.vae.device, pipe.vae.dtype)
-    latents = pipe.vae.encode(video / 127.5 - 1.0).latent_dist.mode().float()
-    mean, std = (
-        torch.tensor(value, device=latents.device).view(1, -1, 1, 1, 1)
-        for value in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
-    )
-    return (latents - mean) / std
+    """Normalised latents of uint8 clips `(frames, height, width, 3)`; see [`RVEDiTPipeline.encode_video`]."""
+    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).to(pipe.vae.device)
+    return pipe.encode_video(video.float() / 127.5 - 1.0)
 
 
 @torch.no_grad()
@@ -71,7 +66,8 @@ def encode_edits(pipe: RVEDiTPipeline, edits: SyntheticEdits, indices: range) ->
 def fingerprint(pipe: RVEDiTPipeline, edits: SyntheticEdits) -> str:
     """A hash of all that [`encode_edits`] depends on: the edits' settings, the frozen weights, the processor."""
     settings = [vars(edits), pipe.processor.to_dict(), pipe.processor.chat_template]
-    settings += [pipe.tokenizer.get_vocab(), pipe.tokenizer.model_max_length]
+    settings += [pipe.tokenizer.get_vocab(), pipe.tokenizer.model_max_length, pipe.processor.tokenizer.get_vocab()]
+    settings += [dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     tensors = {"queries": pipe.distiller.queries} | pipe.vae.state_dict(prefix="vae.")
     for name, tensor in (tensors | pipe.mllm.state_dict(prefix="mllm.")).items():
@@ -103,9 +99,12 @@ def fill_cache(
         `list[Path]`: All files, in the order of the edits.
 
     Raises:
-        ValueError: `num_edits` is no multiple of `chunk_size`, or a file in `folder` is of other edits or of a
-            pipeline whose frozen parts differ.
+        ValueError: `num_edits` is no multiple of `chunk_size`; the VAE cannot encode the clips' length whole; or a
+            file in `folder` is of other edits, or of a pipeline whose frozen parts differ.
     """
+    step = pipe.vae_scale_factor_temporal
+    if edits[0].scene.num_frames % step != 1:
+        raise ValueError(f"`edits` has clips of {edits[0].scene.num_frames} frames, but the VAE encodes {step}k + 1")
     if num_edits < 1 or num_edits % chunk_size:
         raise ValueError(f"`num_edits` has to be a multiple of {chunk_size}, but is {num_edits}")
     folder = Path(folder)
