@@ -843,10 +843,8 @@ def test_model_cpu_offload_frees_the_mllm_before_the_transformer_runs(pipe, clip
     assert last_mllm < events.index("no mllm", last_mllm) < events.index("transformer")
 
 
-@pytest.mark.parametrize(
-    "offload", [{"offload_type": "block_level", "num_blocks_per_group": 1}, {"offload_type": "leaf_level"}]
-)
-def test_group_offload_loads_the_mllm(pipe, clip, offload, monkeypatch):
+@pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+def test_group_offload_loads_the_mllm(pipe, clip, level, monkeypatch):
     expected = edit(pipe, clip)
     embedding = pipe.mllm.get_input_embeddings()
     pipe.enable_group_offload(torch.device("cpu"), offload_type=level, num_blocks_per_group=1)
