@@ -1,10 +1,13 @@
-"""Write the trained pipeline as the embedded checkpoint: bfloat16 weights, training logs and a README with its scores.
+"""Write the trained pipeline as the embedded checkpoint: bfloat16 weights, training logs, a README with its scores.
+
+The table of scores in MODEL_CARD.md is brought up to date, too.
 
 python examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json
 """
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +19,8 @@ from rvedit_diffusers.training.checkpoint import replace_folder
 
 README = """# The embedded checkpoint
 
-A complete RVEDiT pipeline of {parameters:.1f} M parameters, trained from scratch on synthetic scenes by `make tiny`.
+A complete RVEDiT pipeline of {parameters:.1f} M parameters, trained from scratch on synthetic scenes by the scripts in
+`examples/tiny` and `examples/train.py`, which `make tiny` runs one after the other.
 It edits clips of 17 frames at 64x64: recolour, remove or replace one of a few moving shapes, or grade the whole clip.
 It shows how the pieces work together; it is no judgement on the paper's model.
 
@@ -24,10 +28,10 @@ It shows how the pieces work together; it is no judgement on the paper's model.
 |---|---|---|---|---|
 {parts}
 
-The MLLM is a Qwen2.5-VL in miniature without any language of its own. It was first taught to answer questions about
-scenes (what is in each cell, which cells change, which operation, object and value) and then frozen, as a released
-MLLM is frozen. The text encoder learned together with the editor. No part has seen a real video; photographs that ship
-inside scikit-image and scikit-learn served as backgrounds.
+{note}The MLLM is a Qwen2.5-VL in miniature without any language of its own. It was first taught to answer questions
+about scenes (what is in each cell, which cells change, which operation, object and value) and then frozen, as a
+released MLLM is frozen. The text encoder learned together with the editor. No part has seen a real video; photographs
+that ship inside scikit-image and scikit-learn served as backgrounds.
 
 ## Scores
 
@@ -38,6 +42,8 @@ dB: outside of the edited region (of a grade: everywhere), and what the autoenco
 | kind | success | outside PSNR | autoencoder | n |
 |---|---|---|---|---|
 {scores}
+
+Where edits failed: {failures}.
 
 The MLLM's answers on scenes over photographs that it never saw: {answers}.
 
@@ -56,6 +62,7 @@ def main() -> None:
     parser.add_argument("--editor", type=Path, required=True, help="output folder of train.py")
     parser.add_argument("--scores", type=Path, required=True, help="results.json of evaluate.py")
     parser.add_argument("--seed", type=int, default=0, help="that evaluate.py was run with")
+    parser.add_argument("--note", default="", help="a paragraph for the README on how this training went")
     parser.add_argument("--output", type=Path, default=Path(TINY_CHECKPOINT))
     args = parser.parse_args()
 
@@ -93,21 +100,33 @@ def main() -> None:
         ),
     ]
     parts = [f"| {name} | {m:.2f} M | {how} | {s['step']} | {s['seconds'] / 60:.0f} |" for name, m, how, s in rows]
-    scores = [
+    results = json.loads(args.scores.read_text())
+    scores = "\n".join(
         f"| {kind} | {row['success']:.2f} | {row['outside_psnr']:.1f} | {row['vae_psnr']:.1f} | {row['n']} |"
-        for kind, row in json.loads(args.scores.read_text()).items()
-    ]
+        for kind, row in results.items()
+    )
+    failures = "; ".join(
+        f"{kind}: " + ", ".join(f"{label} {count}" for label, count in row["failures"].items())
+        for kind, row in results.items()
+        if row["failures"]
+    )
     answers = last(args.mllm / "log.jsonl")
     answers = ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in answers.items() if k not in ("step", "seconds"))
     text = README.format(
         parameters=sum(millions.values()),
         parts="\n".join(parts),
-        scores="\n".join(scores),
+        scores=scores,
+        failures=failures or "none failed",
+        note=f"{args.note}\n\n" if args.note else "",
         seed=args.seed,
         answers=answers,
     )
     (temporary / "README.md").write_text(text)
     replace_folder(temporary, args.output)
+    card = Path(__file__).parents[2] / "MODEL_CARD.md"
+    head, rule, rest = card.read_text().partition("|---|---|---|---|---|\n")
+    head = re.sub(r"`make score SEED=\d+`", f"`make score SEED={args.seed}`", head)
+    card.write_text(head + rule + scores + "\n\n" + rest.partition("\n\n")[2])
     size = sum(path.stat().st_size for path in args.output.rglob("*.safetensors")) / 1e6
     print(f"{args.output}: {size:.1f} MB of safetensors")
 
