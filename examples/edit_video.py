@@ -8,10 +8,15 @@ known, is edited with the embedded checkpoint into out/demo/.
 """
 
 import argparse
+import logging
 import math
+import os
 import re
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import diffusers
@@ -94,16 +99,24 @@ def build_parser() -> Parser:
     return parser
 
 
-def check_files(parser: Parser, output: Path | None, compare: Path | None) -> None:
-    for option, path, suffixes in (("--output", output, VIDEO_SUFFIXES), ("--compare", compare, (".png",))):
-        if path is None:
-            continue
-        if path.suffix.lower() not in suffixes:
-            parser.error(f"{option} {path}: must end in {' or '.join(suffixes)}")
+def check_file(parser: Parser, option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    if path.suffix.lower() not in suffixes:
+        parser.error(f"{option} {path}: must end in {' or '.join(suffixes)}")
+    try:
         if not path.parent.is_dir():
             parser.error(f"{option} {path}: there is no folder {path.parent}")
         if path.is_dir():
             parser.error(f"{option} {path}: is a folder")
+    except OSError as error:  # a name that is too long, say
+        parser.error(f"{option} {path}: {error.strerror}")
+
+
+def check_weights(parser: Parser, option: str, name: str) -> None:
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.isdir(name.split("/")[0])
+    if not os.path.exists(name) and not is_hub_id:
+        parser.error(f"{option} {name}: there is no such file or folder")
+    if option == "--model" and os.path.exists(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
+        parser.error(f"--model {name}: is not a pipeline, it has no model_index.json")
 
 
 def choose_device(parser: Parser, name: str | None) -> torch.device:
@@ -117,39 +130,36 @@ def choose_device(parser: Parser, name: str | None) -> torch.device:
     return device
 
 
-def is_local(parser: Parser, option: str, name: str) -> bool:
-    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        parser.error(f"{option} {name}: there is no such file or folder")
-    return Path(name).exists()
+@contextmanager
+def loading(parser: Parser, option: str, name: str) -> Iterator[None]:
+    is_local = os.path.exists(name)
+    if not is_local:
+        logging.disable(logging.WARNING)  # each library has its own words, and many, for a Hub that cannot be reached
+    # A folder or a download that is not what it should be fails in as many ways as there are file formats in it.
+    try:
+        yield
+    except Exception as error:
+        while not is_local and error.__cause__ is not None:
+            error = error.__cause__
+        parser.error(f"{option} {name}: cannot be loaded{'' if is_local else ' from the Hub'}: {first_line(error)}")
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
     device = choose_device(parser, args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    if is_local(parser, "--model", args.model):
-        if not (Path(args.model) / "model_index.json").is_file():
-            parser.error(f"--model {args.model}: is not a pipeline, it has no model_index.json")
-    else:
-        diffusers.utils.logging.set_verbosity_error()  # warns in its own words of a Hub that cannot be reached
-    if args.lora is not None:
-        is_local(parser, "--lora", args.lora)
-
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    # A folder or a download that is not what it should be fails in as many ways as there are file formats in it.
-    try:
+    with loading(parser, "--model", args.model):
         pipe = RVEDiTPipeline.from_pretrained(args.model, dtype=dtype).to(device)
-    except Exception as error:
-        parser.error(f"--model {args.model}: cannot be loaded: {first_line(error)}")
     if args.lora is not None:
-        try:
+        with loading(parser, "--lora", args.lora):
             pipe.load_lora_weights(args.lora)
-        except Exception as error:
-            parser.error(f"--lora {args.lora}: cannot be loaded: {first_line(error)}")
     return pipe
 
 
-def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames, prompt: str):
+def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames, prompt: str, fps: float):
     try:
         output = pipe(
             frames,
@@ -162,11 +172,31 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
             source_guidance_scale=args.source_guidance_scale,
             generator=torch.Generator("cpu").manual_seed(args.seed),
             output_type="pt",
+            fps=fps,
         )
+        result = resize_frames(output.frames[0].float(), frames.shape[1:3]).clamp(0, 1)
+        return result.permute(0, 2, 3, 1).cpu().numpy()  # (frames, height, width, 3)
     except ValueError as error:  # a size that the model cannot take, say; raised before any model runs
         parser.error(str(error))
-    result = resize_frames(output.frames[0].float(), frames.shape[1:3]).clamp(0, 1)
-    return result.permute(0, 2, 3, 1).cpu().numpy()  # (frames, height, width, 3)
+    except (RuntimeError, MemoryError) as error:  # torch's errors of memory are RuntimeErrors
+        parser.error(f"the edit failed: {first_line(error)}")
+
+
+@contextmanager
+def staged(paths: list[Path]) -> Iterator[list[Path]]:
+    """Gives a file to write for each of `paths`; all are moved there at the end, or none if anything fails."""
+    with ExitStack() as stack:
+        files = []
+        for path in paths:
+            # next to its destination: a move between file systems could fail halfway
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".edit_video.", dir=path.parent))
+            files.append(Path(folder) / path.name)
+        yield files
+        for path in paths:
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a folder")
+        for file, path in zip(files, paths):
+            os.replace(file, path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -178,6 +208,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("PROMPT is empty")
 
     # 1. The clip, and all that can be wrong before a model is loaded
+    check_weights(parser, "--model", args.model)
+    if args.lora is not None:
+        check_weights(parser, "--lora", args.lora)
     if args.video is None:
         if args.output is not None or args.compare is not None:
             parser.error(f"--output and --compare need VIDEO and PROMPT; the demo writes to {DEMO_FOLDER}")
@@ -185,36 +218,43 @@ def main(argv: list[str] | None = None) -> None:
         prompt, fps, frames = demo.instruction, DEMO_FPS, demo.source_frames[: args.num_frames]
         print(f'demo clip: "{prompt}"')
     else:
-        args.output = args.output or Path(f"{Path(args.video).stem}_edited.mp4")
-        check_files(parser, args.output, args.compare)
+        if args.output is not None:
+            check_file(parser, "--output", args.output, VIDEO_SUFFIXES)
+        if args.compare is not None:
+            check_file(parser, "--compare", args.compare, (".png",))
         try:
             clip = read_video(args.video, max_frames=args.num_frames)
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error).replace("`path`", "VIDEO"))
+        except (OSError, MemoryError) as error:
+            parser.error(f"VIDEO: {first_line(error)}")
+        if args.output is None:
+            args.output = Path(f"{clip.path.stem}_edited.mp4")
+            check_file(parser, "--output", args.output, VIDEO_SUFFIXES)
         prompt, fps, frames = args.prompt, clip.fps, clip.frames[: args.num_frames]
     pipe = load_pipeline(parser, args)
 
     # 2. The edit
     started = time.perf_counter()
-    edited = edit(parser, args, pipe, frames, prompt)
+    edited = edit(parser, args, pipe, frames, prompt, float(fps))
     seconds = time.perf_counter() - started
 
     # 3. The files
+    rows = {"source": frames, "edited": edited}
     try:
         if args.video is None:
             DEMO_FOLDER.mkdir(parents=True, exist_ok=True)
             written = [DEMO_FOLDER / name for name in ("source.mp4", "edited.mp4", "compare.png")]
-            write_video(written[0], frames, fps)
-            write_video(written[1], edited, fps)
-            write_strip(
-                written[2], {"source": frames, "edited": edited, "true edit": demo.target_frames[: args.num_frames]}
-            )
+            with staged(written) as files:
+                write_video(files[0], frames, fps)
+                write_video(files[1], edited, fps)
+                write_strip(files[2], rows | {"true edit": demo.target_frames[: args.num_frames]})
         else:
-            written = [args.output]
-            write_video(args.output, edited, fps, audio_from=clip.path, audio_start=clip.start_time)
-            if args.compare is not None:
-                written.append(args.compare)
-                write_strip(args.compare, {"source": frames, "edited": edited})
+            written = [args.output] + ([args.compare] if args.compare is not None else [])
+            with staged(written) as files:
+                write_video(files[0], edited, fps, audio_from=clip.path, audio_start=clip.start_time)
+                if args.compare is not None:
+                    write_strip(files[1], rows)
     except (OSError, ValueError) as error:
         parser.error(f"the result cannot be written: {first_line(error)}")
     for path in written:

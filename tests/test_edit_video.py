@@ -1,13 +1,19 @@
 import re
 import runpy
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from components import build_pipeline, make_clip
+from test_video import ffmpeg, sound
 
+from rvedit_diffusers import RVEDiTPipeline
 from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.video import read_video, write_video
 
@@ -38,6 +44,34 @@ def run(tmp_path, monkeypatch, capsys):
         return ended.value.code or 0, output.out, output.err, files
 
     return run_script
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A Hub that cannot be reached, or only its listings if `listings` is set; `requests` is what was asked of it."""
+    hub = SimpleNamespace(listings=False, requests=[])
+    client = type(huggingface_hub.get_session())
+    httpx = sys.modules[client.__module__]
+
+    def send(client, request, **_):
+        hub.requests.append(request.url)
+        if hub.listings and request.url.path.startswith("/api/models/"):
+            files = [{"rfilename": name} for name in ("model_index.json", "pytorch_lora_weights.safetensors")]
+            listing = {"id": "some/weights", "sha": "0" * 40, "siblings": files}
+            return httpx.Response(200, json=listing, request=request)
+        raise httpx.ConnectError("no connection")
+
+    monkeypatch.setattr(client, "send", send)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between attempts
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+    return hub
+
+
+def fail_with(error):
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
 
 
 def test_edits_a_clip(run, model):
@@ -76,6 +110,26 @@ def test_same_seed_gives_the_same_file(run, model):
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 
+def test_device_and_dtype(run, model):
+    for dtype in ("float32", "bfloat16"):
+        options = ["--device", "cpu", "--dtype", dtype, "--output", f"{dtype}.mp4"]
+        assert run("clip.mp4", "make it red", "--model", model, *options)[0] == 0
+    source, full, half = (read_video(f"{name}.mp4").frames for name in ("clip", "float32", "bfloat16"))
+    assert half.shape == source.shape
+    assert not np.array_equal(half, source)
+    assert not np.array_equal(half, full)
+
+
+def test_sound_stays_with_its_frames(run, model):
+    click = "aevalsrc='between(t\\,0.6\\,0.7)*sin(2000*PI*t)':d=1:s=48000"
+    picture = ["-itsoffset", "0.4", "-f", "lavfi", "-i", "testsrc=size=32x32:rate=25:duration=0.6"]
+    ffmpeg(*picture, "-f", "lavfi", "-i", click, "-c:a", "aac", "late.mkv")
+    assert float(read_video("late.mkv").start_time) == pytest.approx(0.4, abs=0.03)
+    run("late.mkv", "make it red", "--model", model)
+    heard = np.flatnonzero(np.abs(sound("late_edited.mp4")) > 0.1)[0] / 48000
+    assert heard == pytest.approx(0.2, abs=0.03)
+
+
 def test_num_frames_cuts_the_clip(run, model):
     run("clip.mp4", "make it red", "--model", model, "--num_frames", 3)
     assert read_video("clip_edited.mp4").num_frames == 3
@@ -107,6 +161,7 @@ def test_demo_writes_source_edit_and_comparison(run, model):
     ("arguments", "message"),
     [
         (["absent.mp4", "make it red"], "absent.mp4"),
+        (["make it red " * 30, "clip.mp4"], "VIDEO: .*make it red"),
         (["empty.mp4", "make it red"], "empty.mp4.*the file is empty"),
         (["text.mp4", "make it red"], "text.mp4 cannot be read as a clip"),
         (["."], "PROMPT is missing"),
@@ -120,6 +175,7 @@ def test_demo_writes_source_edit_and_comparison(run, model):
             ["clip.mp4", "make it red", "--output", "absent/edited.mp4"],
             "--output absent/.*: there is no folder",
         ),
+        (["clip.mp4", "make it red", "--output", "x" * 300 + ".mp4"], "File name too long"),
         (["clip.mp4", "make it red", "--compare", "compare.jpg"], "--compare compare.jpg: must end in .png"),
         (["clip.mp4", "make it red", "--device", "toaster"], "--device toaster"),
         (["clip.mp4", "make it red", "--dtype", "int8"], "--dtype"),
@@ -156,3 +212,70 @@ def test_mistakes_that_need_the_model(run, model, option, value, message):
     assert status == 2
     assert re.search(rf"^edit_video.py: error: .*{message}.*\n\Z", err, re.MULTILINE)
     assert (out, files) == ("", [])
+
+
+@pytest.mark.parametrize("option", ["--model", "--lora"])
+@pytest.mark.parametrize("name", ["typo", "./typo", "../typo", "/typo/typo", "~/typo", ".runs/edit", "runs/editr"])
+def test_mistyped_folder_is_no_hub_id(run, hub, option, name):
+    Path("runs/edit").mkdir(parents=True)
+    status, out, err, files = run("absent.mp4", "make it red", option, name)
+    assert status == 2
+    assert err == f"edit_video.py: error: {option} {name}: there is no such file or folder\n"
+    assert (out, files, hub.requests) == ("", [], [])
+
+
+@pytest.mark.parametrize("listings", [False, True])
+@pytest.mark.parametrize("option", ["--model", "--lora"])
+def test_unreachable_hub(run, hub, model, option, listings):
+    hub.listings = listings
+    options = {"--model": model} | {option: "some/weights"}
+    status, out, err, files = run("clip.mp4", "make it red", *(text for pair in options.items() for text in pair))
+    assert hub.requests
+    assert status == 2
+    assert err == f"edit_video.py: error: {option} some/weights: cannot be loaded from the Hub: no connection\n"
+    assert (out, files) == ("", [])
+
+
+def test_video_that_may_not_be_read(run, monkeypatch):
+    error = PermissionError(13, "Permission denied", "clip.mp4")
+    monkeypatch.setattr("rvedit_diffusers.video.read_video", fail_with(error))
+    status, _, err, _ = run("clip.mp4", "make it red")
+    assert status == 2
+    assert err == "edit_video.py: error: VIDEO: [Errno 13] Permission denied: 'clip.mp4'\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nMore about it."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_too_little_memory_for_the_edit(run, model, monkeypatch, error):
+    monkeypatch.setattr(RVEDiTPipeline, "__call__", fail_with(error))
+    status, out, err, files = run("clip.mp4", "make it red", "--model", model)
+    assert status == 2
+    assert re.fullmatch(r"edit_video.py: error: the edit failed: .*memory.*\n", err, re.IGNORECASE)
+    assert (out, files) == ("", [])
+
+
+@pytest.mark.parametrize("arguments", [["clip.mp4", "make it red", "--compare", "compare.png"], []])
+def test_results_are_written_all_or_none(run, model, tmp_path, monkeypatch, arguments):
+    Path("out/demo").mkdir(parents=True)
+    Path("clip_edited.mp4").write_text("earlier")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("rvedit_diffusers.video.write_strip", fail_with(OSError(28, "No space left on device")))
+    status, _, err, _ = run(*arguments, "--model", model)
+    assert status == 2
+    assert err.endswith("\nedit_video.py: error: the result cannot be written: [Errno 28] No space left on device\n")
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Path("clip_edited.mp4").read_text() == "earlier"
+
+
+def test_folder_in_the_way_of_a_demo_file(run, model):
+    Path("out/demo/compare.png").mkdir(parents=True)
+    status, _, err, files = run("--model", model)
+    assert status == 2
+    assert err.endswith("\nedit_video.py: error: the result cannot be written: out/demo/compare.png is a folder\n")
+    assert files == []
