@@ -30,7 +30,7 @@ from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, writ
 
 
 DEMO_FOLDER = Path("out/demo")
-DEMO_FPS = 8
+DEMO_FPS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
