@@ -323,7 +323,9 @@ def main(argv: list[str] | None = None) -> None:
         save_training_state(checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started})
         branches.eval()
         pipe.save_pretrained(args.output / "pipeline")
-        plot_losses(args.output / "log.jsonl", args.output / "losses.png")
+        log.close()
+        if step >= args.log_every:
+            plot_losses(args.output / "log.jsonl", args.output / "losses.png")
     accelerator.wait_for_everyone()
 
 

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.utils.torch_utils import unwrap_module
 from peft.utils import get_peft_model_state_dict
 
 
@@ -37,10 +38,9 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             save_directory (`str` or `os.PathLike`):
                 Folder to write to; made if it does not exist.
             transformer_lora_layers (`RVEDiTTransformer3DModel` or `dict[str, torch.Tensor]`):
-                The transformer that carries the adapter, or the adapter's state dict as
+                The transformer that carries the adapter, compiled or not, or the adapter's state dict as
                 `peft.utils.get_peft_model_state_dict` returns it. A state dict holds no scaling: without
-                `transformer_lora_adapter_metadata` the file loads as if `lora_alpha` were the rank. From the
-                transformer itself the adapter's whole configuration is saved along.
+                `transformer_lora_adapter_metadata` the file loads as if `lora_alpha` were the rank.
             is_main_process (`bool`, defaults to `True`):
                 Whether this process writes the file. Give `False` on all but one process of a distributed run.
             weight_name (`str`, *optional*):
@@ -50,21 +50,22 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             safe_serialization (`bool`, defaults to `True`):
                 Whether to write safetensors. The pickle format (`False`) cannot hold metadata, hence no `lora_alpha`.
             transformer_lora_adapter_metadata (`dict`, *optional*):
-                `LoraConfig.to_dict()` of an adapter that is given as a state dict.
+                `LoraConfig.to_dict()` of the adapter. `None`: the transformer's own; none if a state dict is given.
             adapter_name (`str`, defaults to `"default"`):
                 Which adapter of the transformer to save, when the transformer is given.
 
         Raises:
             `ValueError`: if `transformer_lora_layers` is missing, the transformer has no adapter `adapter_name`, or
-            metadata
-                is to be written without `safe_serialization`.
+                metadata is to be written without `safe_serialization`.
         """
         if isinstance(transformer_lora_layers, torch.nn.Module):
-            adapters = getattr(transformer_lora_layers, "peft_config", {})
+            transformer = unwrap_module(transformer_lora_layers)
+            adapters = getattr(transformer, "peft_config", {})
             if adapter_name not in adapters:
                 raise ValueError(f"`adapter_name` has to be one of {sorted(adapters)}, got {adapter_name!r}.")
-            transformer_lora_adapter_metadata = adapters[adapter_name].to_dict()
-            transformer_lora_layers = get_peft_model_state_dict(transformer_lora_layers, adapter_name=adapter_name)
+            if transformer_lora_adapter_metadata is None:
+                transformer_lora_adapter_metadata = adapters[adapter_name].to_dict()
+            transformer_lora_layers = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
 
         super().save_lora_weights(
             save_directory,

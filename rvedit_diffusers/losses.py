@@ -49,7 +49,10 @@ def flow_matching_loss(
 
 
 def edit_region_weight(latents: torch.Tensor, source_latents: torch.Tensor, strength: float) -> torch.Tensor:
-    """Weight the latent cells that an edit changes: `1 + strength` where it changes most, 1 where it changes nothing.
+    """Weight the latent cells that an edit changes: from 1 where it changes nothing to `1 + strength`.
+
+    The weight rises with the squared change, its mean over the channels, and is full from 0.25 on: where the latents
+    moved by half their standard deviation.
 
     Args:
         latents, source_latents (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): The edited and
@@ -60,7 +63,8 @@ def edit_region_weight(latents: torch.Tensor, source_latents: torch.Tensor, stre
         `torch.Tensor` of shape `(batch, 1, frames, height, width)`, float32.
     """
     change = (latents.float() - source_latents.float()).square().mean(dim=1, keepdim=True)
-    return 1 + strength * (change / 0.25).clamp(max=1)
+    full_change = 0.25
+    return 1 + strength * (change / full_change).clamp(max=1)
 
 
 class AlignmentHead(nn.Module):
@@ -120,8 +124,10 @@ def infonce_loss(
             `(tokens, tokens)` logits never exist at once.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`, float32, in nats. `log(tokens)` minus it bounds the mutual information
-        from below, see [`mutual_information_bound`].
+        `torch.Tensor` of shape `(batch,)`, float32, in nats. The log of the number of candidates minus it bounds the
+        mutual information from below, see [`mutual_information_bound`]. Each row of `ignored` leaves as many
+        candidates as it has `False` entries, the positive among them. With `ignored` the bound is the mean over the
+        rows of the log of that number, minus the loss; `log(tokens)` minus the loss would overstate it.
     """
     if queries.shape != keys.shape:
         raise ValueError(
@@ -141,10 +147,19 @@ def infonce_loss(
         return total / queries.shape[1]
 
 
-def mutual_information_bound(loss: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def mutual_information_bound(loss: torch.Tensor, num_tokens: float) -> torch.Tensor:
     """The lower bound `log(num_tokens) - loss` on the mutual information, in nats (arXiv 1807.03748, section 2.3).
 
     It cannot exceed `log(num_tokens)`, which is its ceiling whatever the true information is.
+
+    Args:
+        loss (`torch.Tensor`): Of [`infonce_loss`], of any shape.
+        num_tokens (`float`): Candidates of each token: the tokens of a clip if the loss was taken without `ignored`,
+            else the `False` entries in a row of `ignored`, and their geometric mean where rows differ. All tokens
+            of the clip would overstate the bound then.
+
+    Returns:
+        `torch.Tensor` of the shape of `loss`.
     """
     return math.log(num_tokens) - loss
 

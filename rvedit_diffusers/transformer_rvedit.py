@@ -466,7 +466,8 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Args:
             hidden_states (`torch.Tensor` of shape `(batch, in_channels, num_frames, height, width)`):
-                Noisy latents; the last three axes are multiples of `patch_size`.
+                Noisy latents; the last three axes are multiples of `patch_size`, at most `rope_max_seq_len` patches
+                each.
             timestep (`torch.Tensor` of shape `(batch,)` or `(batch, seq)`):
                 Timesteps in `[0, 1000]`, per clip or per token.
             encoder_hidden_states (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
@@ -624,10 +625,22 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 f"`hidden_states` has to have a size that `patch_size` = {tuple(self.config.patch_size)} divides, got "
                 f"{tuple(hidden_states.shape[2:])}."
             )
-        batch_size = hidden_states.shape[0]
-        if timestep.ndim not in (1, 2) or timestep.shape[0] != batch_size:
+        grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size))
+        if any(size > self.config.rope_max_seq_len for size in grid):
             raise ValueError(
-                f"`timestep` has to be ({batch_size},) or ({batch_size}, seq), got {tuple(timestep.shape)}."
+                f"`hidden_states` has to have at most `rope_max_seq_len` = {self.config.rope_max_seq_len} patches on "
+                f"each axis, got {grid}."
+            )
+        batch_size, seq = hidden_states.shape[0], math.prod(grid)
+        # Context parallelism hands each rank its own part of the timesteps of tokens, but the whole latents.
+        is_split = self._parallel_config is not None and self._parallel_config.context_parallel_config is not None
+        if (
+            timestep.ndim not in (1, 2)
+            or timestep.shape[0] != batch_size
+            or (timestep.ndim == 2 and timestep.shape[1] != seq and not is_split)
+        ):
+            raise ValueError(
+                f"`timestep` has to be ({batch_size},) or ({batch_size}, {seq}), got {tuple(timestep.shape)}."
             )
         if source_hidden_states is not None:
             if self.source_embedding is None:

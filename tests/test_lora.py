@@ -65,6 +65,28 @@ def test_state_dict_with_metadata_keeps_alpha(lora_pipe, tmp_path):
     assert_same(edit(fresh), edit(lora_pipe))
 
 
+def test_compiled_transformer_saves_what_the_plain_one_saves(lora_pipe, tmp_path):
+    RVEDiTPipeline.save_lora_weights(tmp_path / "plain", lora_pipe.transformer)
+    compiled = torch.compile(lora_pipe.transformer, backend="eager")
+    RVEDiTPipeline.save_lora_weights(tmp_path / "compiled", compiled)
+    expected, saved = load_file(tmp_path / "plain" / FILE), load_file(tmp_path / "compiled" / FILE)
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(saved[key], value) for key, value in expected.items())
+    fresh = build_pipeline()
+    fresh.load_lora_weights(tmp_path / "compiled")
+    assert_same(edit(fresh), edit(lora_pipe))
+
+
+def test_given_metadata_go_before_those_of_the_transformer(lora_pipe, tmp_path):
+    metadata = lora_pipe.transformer.peft_config["default"].to_dict() | {"lora_alpha": 2 * ALPHA}
+    RVEDiTPipeline.save_lora_weights(tmp_path, lora_pipe.transformer, transformer_lora_adapter_metadata=metadata)
+    fresh = build_pipeline()
+    fresh.load_lora_weights(tmp_path)
+    assert fresh.transformer.peft_config["default_0"].lora_alpha == 2 * ALPHA
+    lora_pipe.set_adapters("default", 2.0)
+    assert_same(edit(fresh), edit(lora_pipe))
+
+
 def test_file_is_safetensors_with_prefixed_keys_and_metadata(lora_pipe, tmp_path):
     lora_pipe.save_lora_weights(tmp_path, lora_pipe.transformer)
     weights = load_file(tmp_path / FILE)

@@ -51,6 +51,12 @@ def test_edit_region_weight_is_one_where_nothing_changes():
     assert torch.equal(weight, torch.ones(1, 1, 2, 3, 3))
 
 
+def test_edit_region_weight_rises_with_the_squared_change_up_to_a_quarter():
+    change = torch.tensor([0.0, 0.25, 0.5, 2.0])  # in standard deviations of the latents
+    weight = edit_region_weight(change.expand(1, 4, 1, 1, 4), torch.zeros(1, 4, 1, 1, 4), strength=4.0)
+    torch.testing.assert_close(weight.flatten(), torch.tensor([1.0, 2.0, 5.0, 5.0]))
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_sigmas_are_a_shifted_logit_normal(shift):
     sigmas = sample_sigmas(20000, shift, torch.Generator().manual_seed(0))
@@ -103,6 +109,15 @@ def test_information_bound_reaches_its_ceiling_for_identical_features():
     same = torch.eye(16).unsqueeze(0)
     bound = mutual_information_bound(infonce_loss(same, same, temperature=0.01), 16)
     torch.testing.assert_close(bound, torch.tensor([math.log(16)]))
+
+
+def test_information_bound_counts_the_candidates_that_are_left():
+    ignored = torch.ones(12, 12).triu(1).bool()  # row i keeps i + 1 candidates
+    geometric_mean = math.exp(math.lgamma(13) / 12)  # the 12th root of 12!
+    same = features(0)[:, :1].expand(-1, 12, -1)  # tokens that tell nothing about each other
+    loss = infonce_loss(same, same, ignored=ignored)
+    torch.testing.assert_close(mutual_information_bound(loss, geometric_mean), torch.zeros(2), atol=1e-5, rtol=0)
+    assert (mutual_information_bound(loss, 12) > 0.8).all()
 
 
 def test_information_bound_of_unrelated_features_is_not_positive():

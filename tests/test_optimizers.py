@@ -51,6 +51,41 @@ def test_it_does_what_its_parts_do_alone():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("part", ["matrices", "others"])
+def test_an_empty_part_is_left_out(part, tmp_path):
+    def build_one_part(seed):
+        torch.manual_seed(seed)
+        layer = nn.Linear(8, 4, bias=False)
+        parameters = {"matrices": [], "others": [], part: [layer.weight]}
+        return layer, MuonAdamW(**parameters, lr=1e-2, weight_decay=0.1)
+
+    layer, optimizer = build_one_part(seed=0)
+    twin, _ = build_one_part(seed=0)
+    if part == "matrices":
+        alone = torch.optim.Muon(twin.parameters(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    else:
+        alone = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1)
+    assert len(optimizer.param_groups) == 1
+    for step in range(4):
+        if step == 2:
+            save_training_state(tmp_path / "checkpoint", {"layer": layer}, optimizer, {"step": step})
+            layer, optimizer = build_one_part(seed=7)
+            load_training_state(tmp_path / "checkpoint", {"layer": layer}, optimizer)
+        for module, each in ((layer, optimizer), (twin, alone)):
+            module(torch.ones(2, 8)).square().sum().backward()
+            each.param_groups[0]["lr"] = 1e-2 / (step + 1)
+            each.step()
+            each.zero_grad()
+    torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=0)
+
+
+def test_block_matrices_names_each_weight_once_and_in_order():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), nn.Linear(8, 4))
+    model[2].requires_grad_(False)
+    weights = block_matrices(model[1], model, model[1][0])
+    assert [id(weight) for weight in weights] == [id(model[1][0].weight), id(model[0].weight)]
+
+
 def test_the_groups_set_the_rate_of_both_parts():
     model, optimizer = build()
     before = [p.detach().clone() for p in model.parameters()]
@@ -87,3 +122,8 @@ def test_learns():
 def test_refuses_vectors_for_muon():
     with pytest.raises(ValueError, match="2D"):
         MuonAdamW([nn.Parameter(torch.zeros(3))], [])
+
+
+def test_refuses_to_train_nothing():
+    with pytest.raises(ValueError, match="`matrices` and `others`"):
+        MuonAdamW([], [])

@@ -3,11 +3,13 @@ import copy
 import pytest
 import torch
 from accelerate import infer_auto_device_map
-from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig, ParallelConfig, WanTransformer3DModel
+from diffusers.hooks import apply_context_parallel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from peft import LoraConfig
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from rvedit_diffusers.transformer_rvedit import RVEDiTRotaryPosEmbed, RVEDiTTransformer3DModel
 
@@ -499,8 +501,9 @@ def test_features_and_early_exit_compile_in_one_graph():
         assert torch.equal(feature, expected_feature)
 
 
+@pytest.mark.parametrize("per_token", [False, True])
 @torch.no_grad()
-def test_dynamic_compilation_serves_all_sizes():
+def test_dynamic_compilation_serves_all_sizes(per_token):
     model = make_model(**ONE_OF_EACH)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
     with (
@@ -511,6 +514,8 @@ def test_dynamic_compilation_serves_all_sizes():
             inputs = make_inputs()
             for name in ("hidden_states", "source_hidden_states"):
                 inputs[name] = torch.randn(2, 4, num_frames, height, width)
+            if per_token:
+                inputs["timestep"] = torch.rand(2, num_frames * height * width // 4) * 1000
             assert torch.equal(compiled(**inputs).sample, model(**inputs).sample)
 
 
@@ -698,6 +703,32 @@ def test_fused_projections_equal_plain():
     assert torch.equal(model(**inputs).sample, expected)
 
 
+@torch.no_grad()
+def run_one_rank(rank, store):
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    model = make_model()
+    inputs = {**make_inputs(), "timestep": torch.rand(2, SEQ) * 1000}
+    expected = model(**inputs).sample
+
+    # `enable_parallelism` without its search for an accelerator
+    split = ContextParallelConfig(ulysses_degree=2)
+    mesh = init_device_mesh("cpu", split.mesh_shape, mesh_dim_names=split.mesh_dim_names)
+    model._parallel_config = ParallelConfig(context_parallel_config=split)
+    model._parallel_config.setup(rank, 2, torch.device("cpu"), mesh=mesh)
+    for processor in model.attn_processors.values():
+        processor._parallel_config = model._parallel_config
+    apply_context_parallel(model, split, model._cp_plan)
+    (sample,) = model(**inputs, return_dict=False)
+    torch.testing.assert_close(sample, expected, atol=1e-6, rtol=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+def test_context_parallel_timesteps_of_tokens_equal_plain(tmp_path):
+    torch.multiprocessing.spawn(run_one_rank, (tmp_path / "store",), nprocs=2)
+
+
 # ------------------------------------------------------------------------------------------------------------ LoRA
 
 
@@ -792,6 +823,9 @@ def test_wrong_config_raises(config, match):
         ({"source_hidden_states": torch.rand(2, 4, 2, 8, 12)}, "source_hidden_states"),
         ({"timestep": torch.tensor(3.0)}, "timestep"),
         ({"timestep": torch.rand(3)}, "timestep"),
+        ({"timestep": torch.rand(2, 3)}, rf"`timestep` has to be \(2,\) or \(2, {SEQ}\), got \(2, 3\)"),
+        ({"hidden_states": torch.rand(2, 4, 40, 8, 12)}, r"`hidden_states`.*`rope_max_seq_len` = 32 .*\(40, 4, 6\)"),
+        ({"hidden_states": torch.rand(2, 4, 3, 8, 66)}, r"`hidden_states`.*`rope_max_seq_len` = 32 .*\(3, 4, 33\)"),
         ({"return_features": [3]}, "return_features"),
         ({"return_features": [-1]}, "return_features"),
         ({"return_features": [2], "stop_after_block": 1}, "return_features"),
@@ -804,6 +838,14 @@ def test_wrong_input_raises(wrong, match):
     model = make_model()
     with pytest.raises(ValueError, match=match):
         model(**{**make_inputs(), **wrong})
+
+
+@torch.no_grad()
+def test_the_longest_grid_of_the_rope_fits():
+    model, longer = make_model(rope_max_seq_len=max(GRID)), make_model()
+    longer.load_state_dict(model.state_dict())
+    inputs = make_inputs()
+    torch.testing.assert_close(model(**inputs).sample, longer(**inputs).sample, atol=1e-6, rtol=1e-5)
 
 
 def test_source_needs_source_channels():

@@ -19,26 +19,27 @@ def warmup_cosine(step: int, warmup_steps: int, progress: float) -> float:
 
 
 def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:
-    """The weights of all trainable linear layers inside `modules`: what Muon is made for."""
+    """The weights of all trainable linear layers inside `modules`, each once: what Muon is made for."""
     layers = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
-    return [layer.weight for layer in layers if layer.weight.requires_grad]
+    return list(dict.fromkeys(layer.weight for layer in layers if layer.weight.requires_grad))
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """`torch.optim.Muon` and `torch.optim.AdamW` side by side, with one learning rate that suits both.
 
     Muon's update is scaled to the size of AdamW's, as in [Muon is Scalable for LLM
-    Training](https://arxiv.org/abs/2502.16982), so that rates and schedules carry over.
+    Training](https://arxiv.org/abs/2502.16982), so that rates and schedules carry over. Without matrices, or without
+    others, it is the one optimizer alone.
 
     Args:
         matrices (`Iterable[nn.Parameter]`): Two-dimensional parameters for Muon; see [`block_matrices`].
         others (`Iterable[nn.Parameter]`): Parameters for AdamW. Those that are in `matrices` too are left out.
-        lr (`float`): Of both; `param_groups` has one group for each.
+        lr (`float`): Of both; `param_groups` has one group for each that has parameters.
         betas (`tuple[float, float]`): Of AdamW.
         weight_decay (`float`): Of both.
 
     Raises:
-        ValueError: A parameter in `matrices` has not two dimensions.
+        ValueError: A parameter in `matrices` has not two dimensions, or there is no parameter at all.
     """
 
     def __init__(
@@ -52,12 +53,15 @@ class MuonAdamW(torch.optim.Optimizer):
         matrices = list(matrices)
         known = {id(parameter) for parameter in matrices}
         others = [parameter for parameter in others if id(parameter) not in known]
-        super().__init__([{"params": matrices}, {"params": others}], {"lr": lr})
-        self.parts = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay),
-        )
-        self.param_groups = [part.param_groups[0] for part in self.parts]
+        if not matrices and not others:
+            raise ValueError("`matrices` and `others` are both empty, but there has to be a parameter to train")
+        self.parts = []
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
+        if others:
+            self.parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay))
+        super().__init__([part.param_groups[0] for part in self.parts], {"lr": lr})
         self._share()
 
     def _share(self) -> None:

@@ -1,0 +1,77 @@
+"""The checkpoint that ships with the package does what the documents say of it."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, RVEDiTTransformer3DModel
+from rvedit_diffusers.synthetic import TEST_PHOTOS, demo_edit, judge
+from rvedit_diffusers.synthetic.backgrounds import render_photo
+
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = sorted(Path(TINY_CHECKPOINT).rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    pipe = RVEDiTPipeline.from_pretrained(TINY_CHECKPOINT)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def edit(pipe, frames, prompt):
+    result = pipe(frames, prompt, generator=torch.Generator().manual_seed(0)).frames[0]
+    return (result * 255).round().astype(np.uint8)
+
+
+def test_weights_are_small_and_in_16_bit():
+    assert {path.parent.name for path in WEIGHTS} == {"distiller", "mllm", "text_encoder", "transformer", "vae"}
+    assert sum(path.stat().st_size for path in WEIGHTS) <= 25e6
+    for path in WEIGHTS:
+        with safe_open(path, framework="pt") as file:
+            full = {name for name in file.keys() if file.get_slice(name).get_dtype() != "BF16"}
+        # like Wan's
+        kept = RVEDiTTransformer3DModel._keep_in_fp32_modules if path.parent.name == "transformer" else ()
+        assert {name for name in full if not any(part in name for part in kept)} == set(), path
+
+
+def test_the_demo_edit_succeeds(tiny):
+    demo = demo_edit()
+    assert judge(edit(tiny, demo.source_frames, demo.instruction), demo) == "success"
+
+
+def test_a_photograph_turns_black_and_white(tiny):
+    clip = render_photo(np.random.default_rng(0), 17, 64, 64, TEST_PHOTOS)
+    source = (clip * 255).round().astype(np.uint8)
+
+    def colour(frames):
+        return np.ptp(frames.astype(int), axis=-1).mean()
+
+    assert colour(edit(tiny, source, "make the video black and white")) < 0.4 * colour(source)
+
+
+def test_evaluation_prints_a_line_for_each_kind(monkeypatch, capsys, tmp_path):
+    script = str(ROOT / "examples" / "evaluate.py")
+    options = ["--num_samples=1", "--kinds", "remove", "grade", "--num_inference_steps=2", f"--output={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    runpy.run_path(script, run_name="__main__")
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["kind", "success", "outside_psnr", "vae_psnr", "n"]
+    assert [line.split()[0] for line in lines] == ["remove", "grade"]
+    assert all(re.fullmatch(r"\w+ +[01]\.\d\d +\d+\.\d\d +\d+\.\d\d +1", line) for line in lines)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "remove-0.png", "grade-0.png"}
+
+
+def test_model_card_and_readme_give_the_same_scores():
+    def scores(path):
+        return re.findall(r"^\| (?:recolour|remove|replace|grade) \|.*$", path.read_text(), re.MULTILINE)
+
+    found = scores(ROOT / "MODEL_CARD.md")
+    assert len(found) == 4 and found == scores(Path(TINY_CHECKPOINT) / "README.md")
