@@ -1,21 +1,26 @@
-"""Train an RVEDiT pipeline on synthetic edits: flow matching plus reference-anchored attention alignment.
+"""Fine-tune an RVEDiT pipeline on pairs of clips: flow matching plus reference-anchored attention alignment.
 
-    python examples/train.py --model runs/init --output runs/editor --config examples/tiny/editor.json
+    python examples/train.py --model MODEL --train_data DATA --output runs/lora --training_type lora
     accelerate launch --num_processes 2 examples/train.py ...
 
-The VAE, the MLLM and the queries are frozen, and what they make of every pair is computed once; the transformer, the
-connectors and the text encoder learn. The run goes on from `OUTPUT/checkpoint` if it is there.
+What is frozen encodes every pair once, into a cache on disk, and leaves memory. The run goes on from
+`OUTPUT/checkpoint` if it is there.
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
+from peft import LoraConfig
 from torch import nn
 from tqdm import tqdm
 
@@ -30,15 +35,21 @@ from rvedit_diffusers.losses import (
     sample_token_positions,
 )
 from rvedit_diffusers.synthetic import SyntheticEdits
-from rvedit_diffusers.training.cache import CHUNK_SIZE, fill_cache, load_cache
+from rvedit_diffusers.training.cache import CachedPairs, fill_cache
 from rvedit_diffusers.training.checkpoint import (
     has_training_state,
     load_training_state,
     open_log,
     save_training_state,
 )
+from rvedit_diffusers.training.data import PRESETS, describe_plans, parse_buckets, plan_pairs, read_pairs
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
+from rvedit_diffusers.training.pairs import EditPairs, FilePairs, SyntheticPairs
 from rvedit_diffusers.training.plots import plot_losses
+from rvedit_diffusers.training.sampler import BatchSampler, derive_seed, generator, share
+
+
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
 
 
 def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
@@ -70,85 +81,162 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="JSON file with values for any of the options below")
     parser.add_argument("--model", type=Path, required=True, help="folder of the pipeline to train")
-    parser.add_argument("--output", type=Path, required=True, help="folder for pipeline, checkpoint, log and curves")
-    parser.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; OUTPUT/cache by default")
-    parser.add_argument("--num_pairs", type=int, default=8192, help="synthetic pairs to train on, a multiple of 32")
-    parser.add_argument("--num_frames", type=int, default=17, help="frames of a clip")
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--edits_per_scene", type=int, default=4, help="pairs that share a source clip")
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
-    parser.add_argument("--batch_size", type=int, default=16, help="pairs a step and process")
-    parser.add_argument(
+    parser.add_argument("--output", type=Path, required=True, help="folder for weights, checkpoint, log and curves")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--train_data",
+        default="synthetic",
+        help="`synthetic`, a .csv, .jsonl or .json file, a folder with metadata.csv or metadata.jsonl, or a Hugging"
+        " Face dataset",
+    )
+    data.add_argument("--data_root", type=Path, help="folder that relative paths start from; default: the table's own")
+    data.add_argument("--columns", choices=PRESETS, default="default", help="layout of the table")
+    for name in ("source", "edited", "instruction"):
+        data.add_argument(f"--{name}_column", help="name of this column; default: that of --columns")
+    data.add_argument(
+        "--buckets", default="17x64x64", help="frames x height x width, several with commas; a pair goes to its best"
+    )
+    data.add_argument(
+        "--fps", type=Fraction, help="frames per second of all clips; default: the lower of a pair's two"
+    )
+    data.add_argument("--strict", action="store_true", help="end if a pair has to be dropped")
+    data.add_argument("--dry_run", action="store_true", help="end after the scan of all files")
+    data.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; default: OUTPUT/cache")
+    data.add_argument("--encode_batch_size", type=int, default=1, help="pairs that are encoded together")
+    data.add_argument("--num_workers", type=int, default=0, help="processes that read the cache")
+    data.add_argument("--num_pairs", type=int, default=8192, help="pairs of `synthetic`")
+    data.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
+
+    learning = parser.add_argument_group("what learns, and how")
+    learning.add_argument("--training_type", choices=("lora", "full"), default="full")
+    learning.add_argument("--lora_rank", type=int, default=32)
+    learning.add_argument("--lora_alpha", type=float, help="default: the rank")
+    learning.add_argument("--lora_dropout", type=float, default=0.0)
+    learning.add_argument("--lora_targets", nargs="+", default=list(LORA_TARGETS), help="names of linear layers")
+    learning.add_argument("--train_connectors", action="store_true", help="the distiller's connectors learn, too")
+    learning.add_argument("--train_text_encoder", action="store_true", help="the text encoder learns, too")
+    learning.add_argument("--steps", type=int, default=10000)
+    learning.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
+    learning.add_argument("--batch_size", type=int, default=16, help="pairs a step and process")
+    learning.add_argument(
         "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of the blocks"
     )
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--warmup_steps", type=int, default=200)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument("--sigma_shift", type=float, default=1.0, help="shift of the noise levels")
-    parser.add_argument(
+    learning.add_argument("--learning_rate", type=float, default=1e-3)
+    learning.add_argument("--warmup_steps", type=int, default=200)
+    learning.add_argument("--weight_decay", type=float, default=0.01)
+    learning.add_argument(
+        "--gradient_checkpointing", action="store_true", help="less memory for about a third more time"
+    )
+    learning.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
+    learning.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    learning.add_argument("--seed", type=int, default=0)
+
+    losses = parser.add_argument_group("losses")
+    losses.add_argument("--sigma_shift", type=float, default=1.0, help="shift of the noise levels")
+    losses.add_argument(
         "--edit_weight", type=float, default=0.0, help="extra weight of latent cells that an edit changes"
     )
-    parser.add_argument("--drop_instruction", type=float, default=0.1, help="share trained without instruction")
-    parser.add_argument("--drop_all", type=float, default=0.1, help="share trained without instruction and source")
-    parser.add_argument("--align_weight", type=float, default=0.05, help="0 trains without the reference branch")
-    parser.add_argument("--align_blocks", type=int, nargs="+", help="aligned blocks; one near a third of the depth")
-    parser.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared")
-    parser.add_argument("--align_temperature", type=float, default=0.07)
-    parser.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
-    parser.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    parser.add_argument("--save_every", type=int, default=500)
-    parser.add_argument("--log_every", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
+    losses.add_argument("--drop_instruction", type=float, default=0.1, help="share trained without instruction")
+    losses.add_argument("--drop_all", type=float, default=0.1, help="share trained without instruction and source")
+    losses.add_argument("--align_weight", type=float, default=0.05, help="0 trains without the reference branch")
+    losses.add_argument("--align_blocks", type=int, nargs="+", help="aligned blocks; one near a third of the depth")
+    losses.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared")
+    losses.add_argument("--align_temperature", type=float, default=0.07)
+    losses.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
+    losses.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
+
+    watching = parser.add_argument_group("checkpoints and log")
+    watching.add_argument("--save_every", type=int, default=500)
+    watching.add_argument("--log_every", type=int, default=20)
 
     args = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
-    sizes = ("num_pairs", "num_frames", "height", "width", "batch_size")
-    for name in (*sizes, "align_tokens", "align_every", "log_every", "save_every"):
+    counts = ("num_pairs", "edits_per_scene", "batch_size", "encode_batch_size", "lora_rank")
+    for name in (*counts, "align_tokens", "align_every", "log_every", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
     if args.minutes is None and args.steps < 1:
         parser.error(f"--steps has to be at least 1, but is {args.steps}")
-    if args.num_pairs % CHUNK_SIZE:
-        parser.error(f"--num_pairs has to be a multiple of {CHUNK_SIZE}, but is {args.num_pairs}")
+    if args.fps is not None and args.fps <= 0:
+        parser.error(f"--fps has to be above 0, but is {args.fps}")
     if not (args.model / "model_index.json").is_file():
         parser.error(f"--model has to be the folder of a pipeline, but {args.model} holds no model_index.json")
+    try:
+        args.buckets = parse_buckets(args.buckets)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.train_data == "synthetic" and len(args.buckets) > 1:
+        parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
+    for name, column in zip(("source", "edited", "instruction"), PRESETS[args.columns], strict=True):
+        if getattr(args, f"{name}_column") is None:
+            setattr(args, f"{name}_column", column)
     return args
+
+
+def load_pairs(args: argparse.Namespace, pipe: RVEDiTPipeline) -> tuple[EditPairs | None, str | None]:
+    """The pairs to train on, or why there are none; prints what was kept, trimmed and dropped."""
+    try:
+        for bucket in args.buckets:
+            patch = pipe.transformer.config.patch_size[1]
+            bucket.check(pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial * patch)
+        if args.train_data == "synthetic":
+            bucket = args.buckets[0]
+            size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
+            edits = SyntheticEdits(args.seed + 20, **size, edits_per_scene=args.edits_per_scene)
+            return SyntheticPairs(edits, args.num_pairs, float(args.fps or pipe.processor.default_fps)), None
+        columns = (args.source_column, args.edited_column, args.instruction_column)
+        pairs = read_pairs(args.train_data, *columns, data_root=args.data_root)
+        plans, dropped = plan_pairs(pairs, args.buckets, args.fps)
+    except (ImportError, OSError, ValueError) as error:
+        return None, str(error)
+    print(describe_plans(plans, dropped))
+    if not plans:
+        return None, f"--train_data {args.train_data} has no pair to train on"
+    if dropped and args.strict:
+        return None, f"--strict, but {len(dropped)} of {len(pairs)} pairs were dropped"
+    return FilePairs(plans), None
 
 
 class EditingBranches(nn.Module):
     """Everything that learns, so that one wrapped module runs both branches of a step."""
 
-    def __init__(self, pipe: RVEDiTPipeline, align_blocks: list[int], align_temperature: float):
+    def __init__(self, pipe: RVEDiTPipeline, args: argparse.Namespace):
         super().__init__()
-        self.transformer, self.distiller, self.text_encoder = pipe.transformer, pipe.distiller, pipe.text_encoder
-        self.align_blocks, self.align_temperature = align_blocks, align_temperature
-        dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
-        self.heads = nn.ModuleList(AlignmentHead(dim) for _ in align_blocks)
+        self.transformer = pipe.transformer
+        self.distiller = pipe.distiller if args.train_connectors else None
+        self.text_encoder = pipe.text_encoder if args.train_text_encoder else None
+        config = self.transformer.config
+        self.align_blocks = args.align_blocks or [config.num_layers // 3]
+        self.align_temperature = args.align_temperature
+        dim = config.num_attention_heads * config.attention_head_dim
+        self.heads = nn.ModuleList(AlignmentHead(dim) for _ in self.align_blocks)
 
-    def tokens(self, edit_states: torch.Tensor, visual_states: torch.Tensor, keep: torch.Tensor) -> dict:
-        edit, visual = self.distiller.connect(edit_states, visual_states)
+    def tokens(self, batch: dict, prefix: str = "") -> dict:
+        edit, visual = batch[f"{prefix}edit_tokens"], batch[f"{prefix}visual_tokens"]
+        if self.distiller is not None:
+            edit, visual = self.distiller.connect(edit, visual)
+        keep = batch["keep_instruction"].view(-1, 1, 1)
         return {"edit_hidden_states": edit * keep, "visual_hidden_states": visual * keep}
 
-    def forward(self, batch: dict, noise: torch.Tensor, sigmas: torch.Tensor, positions: torch.Tensor | None):
+    def forward(self, batch: dict, positions: torch.Tensor | None):
         """Returns the velocity `(batch, channels, frames, height, width)` and the alignment loss `(batch,)` or `None`.
 
-        `batch["keep_instruction"]` and `batch["keep_source"]` are `(batch,)` of 0 and 1; `positions` are the tokens to
-        align, `None` for a step without the reference branch.
+        `batch` is what [`draw`] returns; `positions` are the tokens to align, `None` for a step without the reference
+        branch.
         """
-        keep = batch["keep_instruction"].view(-1, 1, 1)
-        text = self.text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-        level = sigmas.view(-1, 1, 1, 1, 1)
+        text = batch.get("prompt_embeds")
+        if self.text_encoder is not None:
+            mask = batch["attention_mask"]
+            text = self.text_encoder(batch["input_ids"], mask).last_hidden_state * mask.unsqueeze(-1)
+        level = batch["sigmas"].view(-1, 1, 1, 1, 1)
         condition = {
-            "hidden_states": (1 - level) * batch["latents"] + level * noise,
-            "timestep": 1000 * sigmas,
-            "encoder_hidden_states": text * batch["attention_mask"].unsqueeze(-1),
+            "hidden_states": (1 - level) * batch["latents"] + level * batch["noise"],
+            "timestep": 1000 * batch["sigmas"],
+            "encoder_hidden_states": text,
             "visual_positions": batch["visual_positions"],
             "source_hidden_states": batch["source_latents"] * batch["keep_source"].view(-1, 1, 1, 1, 1),
         }
-        tokens = self.tokens(batch["edit_states"], batch["visual_states"], keep)
+        tokens = self.tokens(batch)
         if positions is None:
             return self.transformer(**condition, **tokens).sample, None
 
@@ -156,7 +244,7 @@ class EditingBranches(nn.Module):
         with torch.no_grad():
             reference = self.transformer(
                 **condition,
-                **self.tokens(batch["reference_edit_states"], batch["reference_visual_states"], keep),
+                **self.tokens(batch, "reference_"),
                 return_features=self.align_blocks,
                 stop_after_block=max(self.align_blocks),
             ).features
@@ -170,28 +258,45 @@ class EditingBranches(nn.Module):
         return output.sample, torch.stack(losses).mean(0)
 
 
-def sample_batch(data: dict, empty: dict, args, step: int, rank: int, num_processes: int, patch_volume: int):
-    """Rows, dropped conditions, noise, noise levels and aligned positions: a function of seed, step and rank alone."""
-    num_pairs, batch_size = len(data["latents"]), args.batch_size
-    per_epoch = num_pairs // (batch_size * num_processes)
-    epoch, position = divmod(step, per_epoch)
-    order = torch.randperm(num_pairs, generator=torch.Generator().manual_seed(hash((args.seed, epoch)) % 2**63))
-    start = (position * num_processes + rank) * batch_size
-    rows = order[start : start + batch_size]
-    batch = {name: value[rows] for name, value in data.items()}
-    batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+def encode_null_text(pipe: RVEDiTPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The empty instruction, as the cache holds instructions, in rows of full length."""
+    length = pipe.tokenizer.model_max_length
+    if args.train_text_encoder:
+        inputs = pipe.tokenizer([""], padding="max_length", max_length=length, return_tensors="pt")
+        return {"input_ids": inputs.input_ids[0], "attention_mask": inputs.attention_mask[0]}
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt([""], do_classifier_free_guidance=False, max_sequence_length=length)
+    return {"prompt_embeds": embeds[0].cpu()}
 
-    generator = torch.Generator().manual_seed(hash((args.seed, step, rank, 1)) % 2**63)
-    chance = torch.rand(batch_size, generator=generator)
+
+def draw(batch: dict, first: int, null_text: dict, args: argparse.Namespace) -> dict:
+    """Add noise, noise levels and dropped conditions to the samples numbered from `first` of the whole run.
+
+    Each is a function of the seed and the sample's number, whichever process trains on it. `noise` has the shape of
+    `latents`; `sigmas`, `keep_instruction` and `keep_source` have the shape `(batch,)`, the last two hold 0 and 1.
+    """
+    numbers = range(first, first + len(batch["latents"]))
+    chance = torch.cat([torch.rand(1, generator=generator(args.seed, number, "drop")) for number in numbers])
     drop_all = chance < args.drop_all
     drop_instruction = drop_all | (chance > 1 - args.drop_instruction)
-    batch["keep_source"], batch["keep_instruction"] = (~drop_all).float(), (~drop_instruction).float()
-    for name, value in empty.items():
-        batch[name] = torch.where(drop_instruction[:, None], value, batch[name])
-    noise = torch.randn(batch["latents"].shape, generator=generator)
-    sigmas = sample_sigmas(batch_size, args.sigma_shift, generator)
-    positions = sample_token_positions(math.prod(noise.shape[2:]) // patch_volume, args.align_tokens, generator)
-    return batch, noise, sigmas, positions
+    shape = batch["latents"].shape[1:]
+    drawn = {
+        "noise": torch.stack([torch.randn(shape, generator=generator(args.seed, n, "noise")) for n in numbers]),
+        "sigmas": torch.cat([sample_sigmas(1, args.sigma_shift, generator(args.seed, n, "sigma")) for n in numbers]),
+        "keep_instruction": (~drop_instruction).float(),
+        "keep_source": (~drop_all).float(),
+    }
+    for name, value in null_text.items():
+        rows = batch[name]
+        drawn[name] = torch.where(drop_instruction.view(-1, *[1] * value.ndim), value.to(rows), rows)
+    return batch | drawn
+
+
+def shares_of_batches(sampler: BatchSampler, start: int, rank: int, num_processes: int) -> Iterator[list[int]]:
+    number = start
+    while True:
+        yield share(sampler[number], rank, num_processes)
+        number += 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -202,28 +307,37 @@ def main(argv: list[str] | None = None) -> None:
         # the alignment heads rest in steps without the reference branch
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-    if args.num_pairs < args.batch_size * accelerator.num_processes:
-        raise SystemExit(
-            f"--num_pairs {args.num_pairs} does not fill one step of {accelerator.num_processes} processes with"
-            f" --batch_size {args.batch_size}"
-        )
-    args.output.mkdir(parents=True, exist_ok=True)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
-    torch.manual_seed(args.seed)
-    pipe = RVEDiTPipeline.from_pretrained(args.model).to(device)
-    patch_volume = math.prod(pipe.transformer.config.patch_size)
+    main_process = accelerator.is_main_process
+    torch.manual_seed(args.seed)  # of what begins at random
+    pipe = RVEDiTPipeline.from_pretrained(args.model)
 
-    # 1. Data, encoded once by the frozen parts
-    size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
-    edits = SyntheticEdits(args.seed + 20, **size, edits_per_scene=args.edits_per_scene)
-    cache_dir = args.cache_dir or args.output / "cache"
+    # 1. Pairs, encoded once by the frozen parts
+    found = [load_pairs(args, pipe) if main_process else None]
+    pairs, problem = broadcast_object_list(found)[0] if num_processes > 1 else found[0]
+    if problem:
+        raise SystemExit(f"train.py: error: {problem}")
+    if args.dry_run:
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    pipe.to(device)
     with accelerator.autocast():
-        paths = fill_cache(pipe, edits, args.num_pairs, cache_dir, rank=rank, num_processes=num_processes)
+        paths = fill_cache(
+            pipe,
+            pairs,
+            args.cache_dir or args.output / "cache",
+            tokens="states" if args.train_connectors else "tokens",
+            text="ids" if args.train_text_encoder else "embeds",
+            batch_size=args.encode_batch_size,
+            rank=rank,
+            num_processes=num_processes,
+        )
     accelerator.wait_for_everyone()
-    data = load_cache(paths)
-    length = pipe.tokenizer.model_max_length
-    empty = pipe.tokenizer([""], padding="max_length", max_length=length, return_tensors="pt")
-    empty = {name: empty[name] for name in ("input_ids", "attention_mask")}
+    null_text = encode_null_text(pipe, args)
+    trained = ["transformer"] + ["distiller"] * args.train_connectors + ["text_encoder"] * args.train_text_encoder
+    for name in {"vae", "mllm", "distiller", "text_encoder"}.difference(trained):
+        setattr(pipe, name, None)
+    gc.collect()
 
     # 2. What learns
     if device.type == "cpu":
@@ -231,24 +345,32 @@ def main(argv: list[str] | None = None) -> None:
         # goes by these switches, not by the attention backend
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    num_layers = pipe.transformer.config.num_layers
-    align_blocks = args.align_blocks or [num_layers // 3]
-    branches = EditingBranches(pipe, align_blocks, args.align_temperature).to(device)
-    pipe.distiller.queries.requires_grad_(False)
-    for module in (pipe.vae, pipe.mllm):
-        module.requires_grad_(False)
+    if args.training_type == "lora":
+        pipe.transformer.requires_grad_(False)
+        pipe.transformer.add_adapter(
+            LoraConfig(
+                r=args.lora_rank,
+                lora_alpha=args.lora_alpha or args.lora_rank,
+                lora_dropout=args.lora_dropout,
+                target_modules=args.lora_targets,
+            )
+        )
+    branches = EditingBranches(pipe, args).to(device)
+    if args.train_connectors:
+        pipe.distiller.queries.requires_grad_(False)
     branches.train()
+    if args.gradient_checkpointing:
+        pipe.transformer.enable_gradient_checkpointing()
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
     parameters = [p for p in branches.parameters() if p.requires_grad]
     settings = {"lr": args.learning_rate, "betas": (0.9, 0.98), "weight_decay": args.weight_decay}
     if args.optimizer == "muon":
-        matrices = block_matrices(pipe.transformer.blocks, pipe.distiller, pipe.text_encoder)
-        optimizer = MuonAdamW(matrices, parameters, **settings)
+        inner = [pipe.transformer.blocks, *(getattr(pipe, name) for name in trained[1:])]
+        optimizer = MuonAdamW(block_matrices(*inner), parameters, **settings)
     else:
         optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
-    modules = {"transformer": pipe.transformer, "distiller": pipe.distiller, "text_encoder": pipe.text_encoder}
-    modules["heads"] = branches.heads
+    modules = {name: getattr(pipe, name) for name in trained} | {"heads": branches.heads}
     step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
     if has_training_state(checkpoint):
         state = load_training_state(checkpoint, modules, optimizer)
@@ -257,11 +379,18 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic() - spent
 
     # 3. The loop
-    main_process = accelerator.is_main_process
+    global_batch_size = args.batch_size * num_processes
+    sampler = BatchSampler([str(pairs.bucket(index)) for index in range(len(pairs))], global_batch_size, args.seed)
+    batches = torch.utils.data.DataLoader(
+        CachedPairs(paths, pipe.tokenizer.model_max_length),
+        batch_sampler=shares_of_batches(sampler, step, rank, num_processes),
+        num_workers=args.num_workers,
+    )
+    patch_volume = math.prod(pipe.transformer.config.patch_size)
     bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step", disable=not main_process)
     log = open_log(args.output / "log.jsonl", step) if main_process else None
     sums, progress = torch.zeros(4, device=device), 0.0  # flow and alignment losses, steps with each
-    while True:
+    for batch in batches:
         # every process has to follow the clock of the first
         progress = (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
         if args.minutes and num_processes > 1:
@@ -272,23 +401,29 @@ def main(argv: list[str] | None = None) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        batch, noise, sigmas, positions = sample_batch(data, empty, args, step, rank, num_processes, patch_volume)
+        batch = draw(batch, step * global_batch_size + rank * args.batch_size, null_text, args)
         batch = {name: value.to(device) for name, value in batch.items()}
-        noise, sigmas = noise.to(device), sigmas.to(device)
-        align = args.align_weight > 0 and step % args.align_every == 0
+        batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+        positions = None
+        if args.align_weight > 0 and step % args.align_every == 0:
+            num_tokens = math.prod(batch["latents"].shape[2:]) // patch_volume
+            chosen = sample_token_positions(num_tokens, args.align_tokens, generator(args.seed, step, "positions"))
+            positions = chosen.to(device)
+        torch.manual_seed(derive_seed(args.seed, step, rank, "dropout"))
         with accelerator.autocast():
-            velocity, align_loss = model(batch, noise, sigmas, positions.to(device) if align else None)
+            velocity, align_loss = model(batch, positions)
         weight = edit_region_weight(batch["latents"], batch["source_latents"], args.edit_weight)
-        flow_loss = flow_matching_loss(velocity, batch["latents"], noise, weight).mean()
+        flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight).mean()
         loss = flow_loss
         sums[0] += flow_loss.detach()
         sums[2] += 1
-        if align:
+        if positions is not None:
             align_loss = align_loss.mean()
             ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
             loss = loss + args.align_weight * ramp * align_loss
             sums[1] += align_loss.detach()
             sums[3] += 1
+            num_aligned = len(positions)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -307,10 +442,8 @@ def main(argv: list[str] | None = None) -> None:
             }
             if align_count:
                 entry["align"] = align_total / align_count
-                entry["information_nats"] = mutual_information_bound(
-                    torch.tensor(entry["align"]), len(positions)
-                ).item()
-                entry["information_ceiling_nats"] = math.log(len(positions))
+                entry["information_nats"] = mutual_information_bound(torch.tensor(entry["align"]), num_aligned).item()
+                entry["information_ceiling_nats"] = math.log(num_aligned)
             log.write(json.dumps(entry) + "\n")
             log.flush()
             bar.set_postfix({k: f"{entry[k]:.4f}" for k in ("flow", "align", "information_nats") if k in entry})
@@ -318,11 +451,16 @@ def main(argv: list[str] | None = None) -> None:
             state = {"step": step, "seconds": time.monotonic() - started}
             save_training_state(checkpoint, modules, optimizer, state)
 
-    # 4. The result is a pipeline like the one it began with; the alignment heads stay behind
+    # 4. The result is what the pipeline loads; the alignment heads stay behind
     if main_process:
         save_training_state(checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started})
         branches.eval()
-        pipe.save_pretrained(args.output / "pipeline")
+        if args.training_type == "lora":
+            RVEDiTPipeline.save_lora_weights(args.output / "lora", pipe.transformer)
+        if args.training_type == "full" or len(trained) > 1:
+            whole = trained if args.training_type == "full" else trained[1:]
+            parts = {name: getattr(pipe, name) for name in whole}
+            RVEDiTPipeline.from_pretrained(args.model, **parts).save_pretrained(args.output / "pipeline")
         log.close()
         if step >= args.log_every:
             plot_losses(args.output / "log.jsonl", args.output / "losses.png")

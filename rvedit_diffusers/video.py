@@ -6,7 +6,9 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -23,6 +25,7 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers that write_video
 
 # Square pixels: the side on which pixels are longer is enlarged, so that no sample of the source is lost.
 _SQUARE_PIXELS = "scale=w=round(iw*max(sar\\,1)):h=round(ih*max(1/sar\\,1)):flags=bicubic+accurate_rnd+full_chroma_int"
+_TO_RGB = f"{_SQUARE_PIXELS},format=rgb24"
 
 
 @dataclass
@@ -57,19 +60,59 @@ class Video:
         return self.frames.shape[2]
 
 
-def _run_ffmpeg(arguments: list[str], data: memoryview | None = None) -> tuple[int, bytearray, str]:
+@dataclass(frozen=True)
+class VideoInfo:
+    """
+    What [`read_video`] finds in a file, without the frames.
+
+    Args:
+        fps (`Fraction`): frames per second, as in [`Video`].
+        height, width (`int`): size of a frame in pixels, upright and with square pixels.
+        has_audio (`bool`): whether the file has a sound track.
+        times (`tuple[Fraction, ...]`): when each frame is shown, in seconds on the file's own clock.
+        damage (`str`, *optional*): what is wrong with a file of which not everything could be decoded; `None` for a
+            whole one.
+    """
+
+    fps: Fraction
+    height: int
+    width: int
+    has_audio: bool
+    times: tuple[Fraction, ...]
+    damage: str | None = None
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.times)
+
+    @property
+    def start_time(self) -> Fraction:
+        """When the first frame is shown, in seconds on the file's own clock, at least 0."""
+        return max(self.times[0], Fraction(0))
+
+
+@contextmanager
+def _ffmpeg(arguments: list[str], stdin: int = subprocess.DEVNULL):
     options = ["-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *options, *arguments]
-    stdin = subprocess.DEVNULL if data is None else subprocess.PIPE
-    output = bytearray()
     with tempfile.TemporaryFile() as log:  # a file, as a pipe that nobody reads would stall ffmpeg
         with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=log) as process:
-            if data is not None:
-                process.communicate(data)
-            while data is None and (chunk := process.stdout.read(1 << 24)):
-                output += chunk  # one growing buffer: the frames exist once in memory
-        log.seek(0)
-        return process.returncode, output, log.read().decode(errors="replace")
+            yield process, log
+
+
+def _read_log(log) -> str:
+    log.seek(0)
+    return log.read().decode(errors="replace")
+
+
+def _run_ffmpeg(arguments: list[str], data: memoryview | None = None) -> tuple[int, bytearray, str]:
+    output = bytearray()
+    with _ffmpeg(arguments, subprocess.DEVNULL if data is None else subprocess.PIPE) as (process, log):
+        if data is not None:
+            process.communicate(data)
+        while data is None and (chunk := process.stdout.read(1 << 24)):
+            output += chunk  # one growing buffer: the frames exist once in memory
+        return process.wait(), output, _read_log(log)
 
 
 def _reason(log: str) -> str:
@@ -100,6 +143,37 @@ def _frame_rate(nominal: Fraction | None, times: list[Fraction]) -> Fraction:
         if regular >= 0.9 * len(steps) and abs(duration - len(steps) / nominal) <= Fraction(1, 5):
             return nominal
     return (len(steps) / duration).limit_denominator(1001)
+
+
+def _decode(path: Path, start: int, max_frames: int | None, output: list[str]) -> tuple[VideoInfo, bytearray]:
+    # `V` leaves out cover pictures; showinfo logs the exact time base, rate, time stamps and size of what comes out.
+    trim = f"trim=start_frame={start}" + (f":end_frame={start + max_frames}" if max_frames is not None else "")
+    filters = f"{trim},{_TO_RGB},showinfo=checksum=0"
+    source = ["-i", f"file:{path.resolve()}", "-map", "0:V:0"]
+    _, data, log = _run_ffmpeg([*source, "-vf", filters, "-fps_mode", "passthrough", *output])
+
+    if "Input #0, tty" in log:  # ffmpeg draws text files as terminal output
+        raise ValueError(f"`path`: {path} cannot be read as a clip: it is a text file")
+    stamps = re.findall(r"\bpts: *(\S+) .*? s:(\d+)x(\d+)", log)
+    if not stamps:
+        if start and not re.search(r"\[(?:error|fatal)\]", log):
+            raise ValueError(f"`start`: {path} has no frame {start}, it ends before")
+        raise ValueError(f"`path`: {path} cannot be read as a clip: {_reason(log)}")
+    if len({stamp[1:] for stamp in stamps}) > 1:
+        raise ValueError(f"`path`: {path} changes its frame size within the clip")
+
+    unit, rate = re.search(r"config in time_base: (\d+/\d+), frame_rate: (\d+/\d+)", log).groups()
+    nominal = None if rate.startswith("0/") or rate.endswith("/0") or rate == "1/0" else Fraction(rate)
+    if all(stamp[0].lstrip("-").isdigit() for stamp in stamps):
+        times = [int(stamp[0]) * Fraction(unit) for stamp in stamps]
+        fps = _frame_rate(nominal, times)
+    else:  # a bare stream without time stamps
+        fps = nominal or Fraction(25)
+        times = [(start + number) / fps for number in range(len(stamps))]
+    has_audio = re.search(r"Stream #0:\d+.*: Audio:", log) is not None
+    damage = _reason(log) if "[error]" in log else None
+    width, height = map(int, stamps[0][1:])
+    return VideoInfo(fps, height, width, has_audio, tuple(times), damage), data
 
 
 def read_video(path: str | os.PathLike, max_frames: int | None = None, start: int = 0) -> Video:
@@ -135,38 +209,64 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None, start: in
         raise ValueError(f"`start` must be 0 or more, got {start}")
     path = _check_readable(path, "path")
 
-    # `V` leaves out cover pictures; showinfo logs the exact time base, rate, time stamps and size of what comes out.
-    trim = f"trim=start_frame={start}" + (f":end_frame={start + max_frames}" if max_frames is not None else "")
-    filters = f"{trim},{_SQUARE_PIXELS},format=rgb24,showinfo=checksum=0"
+    info, data = _decode(path, start, max_frames, ["-f", "rawvideo", "pipe:1"])
+    if info.damage is not None:
+        logger.warning("%s is damaged, %d frames could be decoded: %s", path, info.num_frames, info.damage)
+    frames = np.frombuffer(data, np.uint8).reshape(-1, info.height, info.width, 3)
+    return Video(frames, info.fps, path, info.has_audio, info.start_time)
+
+
+def probe_video(path: str | os.PathLike) -> VideoInfo:
+    """
+    Decode a clip to its end and say what [`read_video`] would find in it, without keeping its frames.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+
+    Returns:
+        [`VideoInfo`]: a file whose end is damaged or missing gives what can be decoded, and says so in `damage`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read as a clip, or has no frames.
+    """
+    info, _ = _decode(_check_readable(path, "path"), 0, None, ["-f", "null", "-"])
+    return info
+
+
+def read_frames(path: str | os.PathLike, indices: Sequence[int]) -> Iterator[np.ndarray]:
+    """
+    Decode some frames of a clip one after another, with one of them in memory at a time.
+
+    Args:
+        path (`str` or `os.PathLike`): the file.
+        indices (`Sequence[int]`): numbers of the frames, not descending; one may come several times.
+
+    Yields:
+        `np.ndarray`: for each index, the frame of that number of [`read_video`], `(height, width, 3)` uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: `indices` is empty, descends or starts below 0; or the file cannot be read that far.
+    """
+    indices = list(indices)
+    if not indices or indices[0] < 0 or indices != sorted(indices):
+        raise ValueError(f"`indices` must be one or more ascending numbers from 0 on, got {indices}")
+    path = _check_readable(path, "path")
+
+    filters = f"trim=start_frame={indices[0]}:end_frame={indices[-1] + 1},{_TO_RGB}"
     source = ["-i", f"file:{path.resolve()}", "-map", "0:V:0"]
-    output = ["-vf", filters, "-fps_mode", "passthrough", "-f", "rawvideo", "pipe:1"]
-    _, data, log = _run_ffmpeg([*source, *output])
-
-    if "Input #0, tty" in log:  # ffmpeg draws text files as terminal output
-        raise ValueError(f"`path`: {path} cannot be read as a clip: it is a text file")
-    stamps = re.findall(r"\bpts: *(\S+) .*? s:(\d+)x(\d+)", log)
-    if not stamps:
-        if start and not re.search(r"\[(?:error|fatal)\]", log):
-            raise ValueError(f"`start`: {path} has no frame {start}, it ends before")
-        raise ValueError(f"`path`: {path} cannot be read as a clip: {_reason(log)}")
-    if len({stamp[1:] for stamp in stamps}) > 1:
-        raise ValueError(f"`path`: {path} changes its frame size within the clip")
-    if "[error]" in log:
-        logger.warning("%s is damaged, %d frames could be decoded: %s", path, len(stamps), _reason(log))
-
-    width, height = int(stamps[0][1]), int(stamps[0][2])
-    frames = np.frombuffer(data, np.uint8).reshape(-1, height, width, 3)
-
-    unit, rate = re.search(r"config in time_base: (\d+/\d+), frame_rate: (\d+/\d+)", log).groups()
-    nominal = None if rate.startswith("0/") or rate.endswith("/0") or rate == "1/0" else Fraction(rate)
-    if all(stamp[0].lstrip("-").isdigit() for stamp in stamps):
-        times = [int(stamp[0]) * Fraction(unit) for stamp in stamps]
-        fps = _frame_rate(nominal, times)
-    else:  # a bare stream without time stamps
-        times = [start / (nominal or Fraction(25))]
-        fps = nominal or Fraction(25)
-    has_audio = re.search(r"Stream #0:\d+.*: Audio:", log) is not None
-    return Video(frames, fps, path, has_audio, max(times[0], Fraction(0)))
+    output = ["-vf", filters, "-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
+    repeats = Counter(indices)
+    with _ffmpeg([*source, *output]) as (process, log):
+        for index in range(indices[0], indices[-1] + 1):
+            header = [process.stdout.readline() for _ in range(3)]  # b"P6", b"width height", b"255"
+            if not header[-1]:
+                process.wait()
+                raise ValueError(f"`path`: {path} cannot be read up to frame {index}: {_reason(_read_log(log))}")
+            width, height = map(int, header[1].split())
+            frame = np.frombuffer(process.stdout.read(height * width * 3), np.uint8).reshape(height, width, 3)
+            yield from [frame] * repeats[index]
 
 
 def _as_uint8(frames: np.ndarray | Sequence, name: str = "frames") -> np.ndarray:

@@ -1,3 +1,4 @@
+import csv
 import json
 import sys
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from components import build_pipeline
+from components import build_pipeline, make_clip
 from safetensors.torch import load_file
 from torch.backends import cuda
 
@@ -14,18 +15,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import train  # noqa: E402
 
-from rvedit_diffusers import RVEDiTPipeline  # noqa: E402
+from rvedit_diffusers import RVEDiTPipeline, write_video  # noqa: E402
 from rvedit_diffusers.synthetic import SyntheticEdits  # noqa: E402
-from rvedit_diffusers.training.cache import fill_cache, load_cache  # noqa: E402
+from rvedit_diffusers.training.cache import CachedPairs, cache_paths, fill_cache, fingerprint  # noqa: E402
 from rvedit_diffusers.training.checkpoint import (  # noqa: E402
     has_training_state,
     load_training_state,
     open_log,
     save_training_state,
 )
+from rvedit_diffusers.training.pairs import SyntheticPairs  # noqa: E402
 
 
-SIZE = {"num_frames": 5, "height": 32, "width": 32}
+BUCKET = "5x32x32"
+LEARNS_MORE = ("--train_connectors", "--train_text_encoder")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +39,24 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def cache(model, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    pipe = RVEDiTPipeline.from_pretrained(model)
-    fill_cache(pipe, SyntheticEdits(20, **SIZE, edits_per_scene=4), 32, folder)
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")  # filled by the first run of each kind
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Three pairs of files that differ in rate, length and size, one that is broken, and an image pair."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = []
+    for number, (size, fps) in enumerate([((32, 32), 8), ((48, 48), 16), ((32, 32), 12)]):
+        write_video(folder / f"{number}_source.mp4", make_clip(12 * fps // 8, 32, 32, seed=number), fps=fps)
+        write_video(folder / f"{number}_edited.mp4", make_clip(12, *size, seed=number + 9), fps=8)
+        rows.append([f"{number}_source.mp4", f"{number}_edited.mp4", "make the square blue"])
+    (folder / "broken.mp4").write_text("not a clip")
+    rows.append(["broken.mp4", "0_edited.mp4", "make it red"])
+    with open(folder / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["source", "edited", "instruction"], *rows])
     return folder
 
 
@@ -53,7 +70,14 @@ def restored_globals():
 
 
 def run(model, cache, output, *options):
-    values = {"model": model, "cache_dir": cache, "output": output, "num_pairs": 32, "batch_size": 4} | SIZE
+    values = {
+        "model": model,
+        "cache_dir": cache,
+        "output": output,
+        "num_pairs": 16,
+        "batch_size": 4,
+        "buckets": BUCKET,
+    }
     values |= {"learning_rate": 1e-2, "warmup_steps": 1, "log_every": 1, "save_every": 2, "align_warmup_steps": 1}
     argv = [f"--{name}={value}" for name, value in values.items()]
     train.main([*argv, *options])
@@ -61,14 +85,17 @@ def run(model, cache, output, *options):
 
 
 def weights(folder):
-    return {path.parent.name: load_file(path) for path in (folder / "pipeline").glob("*/*.safetensors")}
+    files = [*(folder / "pipeline").glob("*/*.safetensors"), *(folder / "lora").glob("*.safetensors")]
+    return {path.parent.name: load_file(path) for path in files}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path, optimizer):
-    options = ("--steps=4", f"--optimizer={optimizer}")
+@pytest.mark.parametrize(
+    "kind", [("--optimizer=adamw",), ("--optimizer=muon", *LEARNS_MORE), ("--training_type=lora", "--lora_rank=2")]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path, kind):
+    options = ("--steps=6", *kind)  # an epoch has 4
     run(model, cache, tmp_path / "whole", *options)
-    # the schedule is that of four steps in both
+    # the schedule is that of six steps in both
     with pytest.MonkeyPatch.context() as patch:
 
         def stop(*arguments):
@@ -79,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path, optim
         patch.setattr(train, "save_training_state", stop)
         with pytest.raises(KeyboardInterrupt):
             run(model, cache, tmp_path / "parts", *options)
-    assert not (tmp_path / "parts" / "pipeline").exists()
+    assert not any((tmp_path / "parts" / name).exists() for name in ("pipeline", "lora"))
     run(model, cache, tmp_path / "parts", *options)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert whole.keys() == parts.keys()
@@ -89,7 +116,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, cache, tmp_path, optim
 
 
 def test_what_learns_and_what_is_frozen(model, cache, tmp_path):
-    log = run(model, cache, tmp_path, "--steps=2")
+    log = run(model, cache, tmp_path, "--steps=2", *LEARNS_MORE)
     assert {"flow", "align", "information_nats", "information_ceiling_nats"} <= log[0].keys()
     assert (tmp_path / "losses.png").stat().st_size > 0
     before, after = RVEDiTPipeline.from_pretrained(model), RVEDiTPipeline.from_pretrained(tmp_path / "pipeline")
@@ -115,52 +142,176 @@ def test_training_lowers_the_loss(model, cache, tmp_path):
     assert sum(flow[-8:]) < 0.9 * sum(flow[:8])
 
 
+def test_lora_trains_the_adapter_alone_and_loads_into_the_pipeline(model, cache, tmp_path):
+    run(model, cache, tmp_path, "--steps=2", "--training_type=lora", "--lora_rank=2", "--lora_alpha=6")
+    assert not (tmp_path / "pipeline").exists()
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    base = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
+    pipe.load_lora_weights(tmp_path / "lora")
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 6
+    adapted = pipe.transformer.state_dict()
+    for name, tensor in base.items():
+        assert torch.equal(tensor, adapted[name if name in adapted else with_base_layer(name)]), name
+    assert all(tensor.any() for name, tensor in adapted.items() if "lora_B" in name and "norm" not in name)
+
+
+def with_base_layer(name):
+    layer, _, kind = name.rpartition(".")
+    return f"{layer}.base_layer.{kind}"
+
+
+def batch_of(model, cache, count=2):
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    pairs = SyntheticPairs(SyntheticEdits(20, 5, 32, 32, edits_per_scene=4), 16, 16.0)
+    samples = CachedPairs(fill_cache(pipe, pairs, cache, batch_size=4), pipe.tokenizer.model_max_length)
+    batch = torch.utils.data.default_collate([samples[index] for index in range(count)])
+    return pipe, {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
+
+
+def arguments(model, *options):
+    return train.parse_args([f"--model={model}", "--output=unused", *options])
+
+
 def test_reference_gets_no_gradient_and_the_editing_branch_does(model, cache):
-    pipe = RVEDiTPipeline.from_pretrained(model)
-    branches = train.EditingBranches(pipe, [1], 0.07)
-    data = load_cache(sorted(cache.iterdir()))
-    batch = {name: value[:2].float() if value.is_floating_point() else value[:2] for name, value in data.items()}
-    batch |= {"keep_instruction": torch.ones(2), "keep_source": torch.ones(2)}
-    for name in ("edit_states", "visual_states", "reference_edit_states", "reference_visual_states"):
+    pipe, batch = batch_of(model, cache)
+    args = arguments(model, "--align_blocks=1", "--drop_all=0", "--drop_instruction=0")
+    branches = train.EditingBranches(pipe, args)
+    batch = train.draw(batch, 0, {}, args)
+    for name in ("edit_tokens", "visual_tokens", "reference_edit_tokens", "reference_visual_tokens"):
         batch[name].requires_grad_()
-    noise, sigmas = torch.randn_like(batch["latents"]), torch.full((2,), 0.5)
-    _, loss = branches(batch, noise, sigmas, torch.arange(8))
+    _, loss = branches(batch, torch.arange(8))
     loss.sum().backward()
-    assert batch["edit_states"].grad.abs().sum() > 0
-    assert batch["reference_edit_states"].grad is None and batch["reference_visual_states"].grad is None
+    assert batch["edit_tokens"].grad.abs().sum() > 0
+    assert batch["reference_edit_tokens"].grad is None and batch["reference_visual_tokens"].grad is None
 
 
-def test_cache_is_the_frozen_parts_output_and_is_not_made_twice(model, cache, tmp_path):
+def test_what_a_sample_draws_depends_on_its_number_alone(model, cache):
+    _, batch = batch_of(model, cache, count=4)
+    args = arguments(model, "--drop_all=0.3", "--drop_instruction=0.1")
+    null_text = {"prompt_embeds": torch.zeros(batch["prompt_embeds"].shape[1:])}
+    whole = train.draw(batch, 100, null_text, args)
+    halves = [
+        train.draw({name: value[rows] for name, value in batch.items()}, first, null_text, args)
+        for first, rows in ((100, slice(0, 2)), (102, slice(2, 4)))
+    ]
+    for name, value in whole.items():
+        assert torch.equal(value, torch.cat([half[name] for half in halves])), name
+    assert len({float(row) for row in whole["noise"].flatten(1)[:, 0]}) == 4
+    dropped = whole["keep_instruction"] == 0
+    assert dropped.any() and not whole["prompt_embeds"][dropped].any() and whole["prompt_embeds"][~dropped].any()
+
+
+@pytest.mark.parametrize("tokens, text", [("tokens", "embeds"), ("states", "ids")])
+def test_cache_is_what_the_pipeline_computes_and_is_made_once(model, cache, tmp_path, tokens, text):
     pipe = RVEDiTPipeline.from_pretrained(model)
-    edits = SyntheticEdits(20, **SIZE, edits_per_scene=4)
-    files = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    paths = fill_cache(pipe, edits, 32, cache)
-    assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == files
-    rows = load_cache(paths)
-    inputs = pipe.processor([edits[5].target_frames], [edits[5].instruction])
+    edits = SyntheticEdits(20, 5, 32, 32, edits_per_scene=4)
+    pairs = SyntheticPairs(edits, 8, 16.0)
+    paths = fill_cache(pipe, pairs, tmp_path, tokens, text, batch_size=3)
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert set(paths) == set(times) and len(times) == 8
+    assert fill_cache(pipe, pairs, tmp_path, tokens, text) == paths
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+    sample, edit = CachedPairs(paths, pipe.tokenizer.model_max_length)[5], edits[5]
+    near = {"atol": 0.03, "rtol": 0.02}  # bfloat16
     with torch.no_grad():
-        edit_states, *_ = pipe.distiller.harvest(pipe.mllm, inputs)
-    torch.testing.assert_close(rows["reference_edit_states"][5].float(), edit_states[0], atol=0.03, rtol=0.02)
-    assert torch.equal(rows["source_latents"][4], rows["source_latents"][7])
-    assert not torch.equal(rows["latents"][4], rows["latents"][7])
+        if tokens == "tokens":
+            edit_tokens, visual_tokens, positions, _ = pipe.encode_tokens(edit.target_frames, edit.instruction)
+        else:
+            inputs = pipe.processor([edit.target_frames], [edit.instruction])
+            edit_tokens, visual_tokens, positions, _ = pipe.distiller.harvest(pipe.mllm, inputs)
+        torch.testing.assert_close(sample["reference_edit_tokens"].float(), edit_tokens[0], **near)
+        torch.testing.assert_close(sample["reference_visual_tokens"].float(), visual_tokens[0], **near)
+        torch.testing.assert_close(sample["visual_positions"], positions[0])
+        embeds, _ = pipe.encode_prompt(edit.instruction)
+        if text == "ids":
+            mask = sample["attention_mask"][None]
+            embeds_of_ids = pipe.text_encoder(sample["input_ids"][None], mask).last_hidden_state * mask.unsqueeze(-1)
+            torch.testing.assert_close(embeds_of_ids, embeds)
+        else:
+            torch.testing.assert_close(sample["prompt_embeds"].float(), embeds[0], **near)
+        frames = torch.from_numpy(edit.source_frames).permute(3, 0, 1, 2)[None] / 127.5 - 1
+        torch.testing.assert_close(sample["source_latents"].float(), pipe.encode_video(frames)[0], **near)
 
 
-def test_a_cache_of_other_edits_or_weights_is_refused(model, cache):
-    edits = SyntheticEdits(20, **SIZE, edits_per_scene=4)
+def test_other_weights_pairs_or_settings_have_other_files(model, tmp_path):
     pipe = RVEDiTPipeline.from_pretrained(model)
-    with pytest.raises(ValueError, match="made of other edits or by other weights"):
-        fill_cache(pipe, SyntheticEdits(21, **SIZE, edits_per_scene=4), 32, cache)
-    with torch.no_grad():
-        next(pipe.mllm.parameters()).flatten()[0] += 1.0
-    with pytest.raises(ValueError, match="made of other edits or by other weights"):
-        fill_cache(pipe, edits, 32, cache)
+    pairs = SyntheticPairs(SyntheticEdits(20, 5, 32, 32), 2, 16.0)
+    key = fingerprint(pipe, "tokens", "embeds")
+    paths = set(cache_paths(tmp_path, pairs, key))
+    for other in (SyntheticPairs(SyntheticEdits(21, 5, 32, 32), 2, 16.0), SyntheticPairs(pairs.edits, 2, 8.0)):
+        assert not paths & set(cache_paths(tmp_path, other, key))
+    keys = {key, fingerprint(pipe, "states", "embeds"), fingerprint(pipe, "tokens", "ids")}
+    for module in (pipe.vae, pipe.mllm, pipe.distiller, pipe.text_encoder):
+        with torch.no_grad():
+            next(module.parameters()).flatten()[0] += 1.0
+        keys.add(fingerprint(pipe, "tokens", "embeds"))
+    pipe.processor.default_fps = 5.0
+    assert len(keys | {fingerprint(pipe, "tokens", "embeds")}) == 8
 
 
-def test_clips_that_the_vae_cannot_encode_whole_are_refused(model, tmp_path):
+def test_nothing_half_written_is_left_when_encoding_stops(model, tmp_path, monkeypatch):
     pipe = RVEDiTPipeline.from_pretrained(model)
-    with pytest.raises(ValueError, match=r"clips of 6 frames, but the VAE encodes 4k \+ 1"):
-        fill_cache(pipe, SyntheticEdits(20, num_frames=6, height=32, width=32), 32, tmp_path)
-    assert not list(tmp_path.iterdir())
+    pairs = SyntheticPairs(SyntheticEdits(20, 5, 32, 32), 4, 16.0)
+    encode, calls = pipe.encode_video, []
+
+    def stop(video):
+        calls.append(video)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(video)
+
+    monkeypatch.setattr(pipe, "encode_video", stop)
+    with pytest.raises(KeyboardInterrupt):
+        fill_cache(pipe, pairs, tmp_path)
+    finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert len(finished) == 1 and len(list(tmp_path.iterdir())) == 1
+    paths = fill_cache(pipe, pairs, tmp_path)
+    assert len(paths) == 4 and all(path.exists() for path in paths)
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+
+
+def test_two_processes_fill_one_folder_together(model, tmp_path):
+    pipe = RVEDiTPipeline.from_pretrained(model)
+    pairs = SyntheticPairs(SyntheticEdits(20, 5, 32, 32), 4, 16.0)
+    fill_cache(pipe, pairs, tmp_path, rank=0, num_processes=2)
+    assert len(list(tmp_path.iterdir())) == 2
+    paths = fill_cache(pipe, pairs, tmp_path, rank=1, num_processes=2)
+    assert set(paths) == set(tmp_path.iterdir())
+
+
+def test_trains_on_files(model, table, tmp_path, capsys):
+    options = ("--steps=2", f"--train_data={table}", "--training_type=lora", "--lora_rank=2", "--batch_size=2")
+    log = run(model, tmp_path / "cache", tmp_path / "out", *options)
+    assert len(log) == 2 and all(entry["flow"] > 0 for entry in log)
+    assert (tmp_path / "out" / "lora").is_dir()
+    table_of_pairs = capsys.readouterr().out
+    assert "dropped: 1 of 4 pairs" in table_of_pairs and "broken.mp4" in table_of_pairs
+
+
+def test_a_dry_run_only_scans(model, table, tmp_path, capsys):
+    train.main(
+        [f"--model={model}", f"--output={tmp_path / 'out'}", f"--train_data={table}", "--buckets=5x32x32", "--dry_run"]
+    )
+    assert BUCKET in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--strict"], "--strict, but 1 of 4 pairs were dropped"),
+        (["--buckets=81x32x32"], "no pair to train on"),
+        (["--buckets=6x32x32"], "4k \\+ 1"),
+        (["--columns=openve"], "original_video"),
+        (["--train_data=absent"], "absent"),
+    ],
+)
+def test_data_that_cannot_be_trained_on_ends_the_run(model, table, tmp_path, options, message):
+    argv = [f"--model={model}", f"--output={tmp_path / 'out'}", f"--train_data={table}", f"--buckets={BUCKET}"]
+    with pytest.raises(SystemExit, match=message):
+        train.main([*argv, *options])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_log_goes_on_without_the_steps_that_are_trained_again(tmp_path):
@@ -197,7 +348,8 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"setps": 3}', "setps"),
         ('{"steps": 0}', "--steps"),
         ('{"optimizer": "Muon"}', "--optimizer"),
-        ('{"num_pairs": 33}', "--num_pairs"),
+        ('{"num_pairs": 0}', "--num_pairs"),
+        ('{"buckets": "17x64"}', "--buckets"),
         ('{"batch_size": 0}', "--batch_size"),
         ("[]", "--config"),
         ("{", "--config"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvedit_diffusers.video import read_video, write_strip, write_video
+from rvedit_diffusers.video import probe_video, read_frames, read_video, write_strip, write_video
 
 
 def ffmpeg(*arguments):
@@ -277,6 +277,92 @@ def test_damaged_end_gives_the_frames_before_it_and_a_warning(tmp_path, caplog):
     assert 5 < clip.num_frames < 20
     assert np.array_equal(clip.frames[:5], read_video(whole).frames[:5])
     assert "damaged" in caplog.text
+
+
+def write_animation(path):
+    images = [Image.fromarray(frame) for frame in gradient_frames(4, 16, 32)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=100)
+
+
+CLIPS = {
+    "film.mp4": {"rate": "24000/1001"},
+    "sound.mp4": {"rate": "30000/1001", "sound": True},
+    "late.mkv": {"options": ("-output_ts_offset", "0.5")},
+    "anamorphic.mp4": {"options": ("-vf", "setsar=128/117", "-pix_fmt", "yuv420p")},
+    "variable.mkv": {"options": ("-vf", "select='lt(mod(n\\,4)\\,2)'", "-fps_mode", "vfr")},
+    "displaced.mp4": {"options": ("-vf", "select='not(between(n\\,9\\,11))'", "-fps_mode", "vfr")},
+    "bare.h264": {"rate": "30", "options": ("-f", "h264")},
+}
+
+
+@pytest.mark.parametrize("name", [*CLIPS, "turned.mp4", "clip.gif", "image.png"])
+def test_probe_says_what_reading_finds(tmp_path, name):
+    path = tmp_path / name
+    if name in CLIPS:
+        arguments = {"size": "32x16", "num_frames": 12} | CLIPS[name]
+        make_clip(path, *arguments.pop("options", ()), **arguments)
+    elif name == "turned.mp4":
+        plain = make_clip(tmp_path / "plain.mp4", "-vf", "setsar=2/1", "-pix_fmt", "yuv420p", size="32x16")
+        ffmpeg("-display_rotation", 90, "-i", plain, "-c", "copy", path)
+    elif name == "clip.gif":
+        write_animation(path)
+    else:
+        Image.fromarray(gradient_frames()[0]).save(path)
+    clip, info = read_video(path), probe_video(path)
+    assert (info.num_frames, info.height, info.width) == (clip.num_frames, clip.height, clip.width)
+    assert (info.fps, info.has_audio, info.start_time) == (clip.fps, clip.has_audio, clip.start_time)
+    assert info.damage is None
+    assert len(info.times) == clip.num_frames
+
+
+def test_probe_times_are_those_of_the_frames(tmp_path):
+    path = make_clip(
+        tmp_path / "clip.mkv", "-vf", "select='lt(mod(n\\,4)\\,2)'", "-fps_mode", "vfr", size="32x16", num_frames=6
+    )
+    expected = [number / 25 for number in (0, 1, 4, 5, 8, 9)]
+    assert [float(time) for time in probe_video(path).times] == pytest.approx(expected, abs=1e-3)
+
+
+def test_probe_of_a_damaged_clip(tmp_path):
+    whole = make_clip(tmp_path / "whole.mp4", "-movflags", "+faststart", "-g", "1", size="32x16", num_frames=20)
+    data = whole.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(data[: len(data) * 3 // 4])
+    assert probe_video(whole).damage is None
+    info = probe_video(tmp_path / "cut.mp4")
+    assert info.damage
+    assert info.num_frames == read_video(tmp_path / "cut.mp4").num_frames < 20
+
+
+def test_probe_refuses_what_reading_refuses(tmp_path):
+    (tmp_path / "text.mp4").write_text("not a clip")
+    (tmp_path / "text.txt").write_text("not a clip, but ffmpeg would draw its lines\n" * 100)
+    (tmp_path / "empty.mp4").touch()
+    for name in ("absent.mp4", "text.mp4", "text.txt", "empty.mp4"):
+        with pytest.raises((ValueError, FileNotFoundError)) as expected:
+            read_video(tmp_path / name)
+        with pytest.raises(expected.type) as error:
+            probe_video(tmp_path / name)
+        assert str(error.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("indices", [[0], [2, 3, 3, 7, 11], [11]])
+def test_single_frames_are_those_of_the_clip(tmp_path, indices):
+    path = make_clip(tmp_path / "clip.mp4", "-vf", "setsar=2/1", "-pix_fmt", "yuv420p", size="32x16")
+    assert np.array_equal(np.stack(list(read_frames(path, indices))), read_video(path).frames[indices])
+
+
+def test_many_single_frames(tmp_path):
+    path = make_clip(tmp_path / "clip.mp4", size="16x16", num_frames=300)
+    assert np.array_equal(np.stack(list(read_frames(path, range(1, 300, 2)))), read_video(path).frames[1::2])
+
+
+def test_frames_beyond_the_end_are_refused(tmp_path):
+    path = make_clip(tmp_path / "clip.mp4", size="32x16", num_frames=3)
+    with pytest.raises(ValueError, match="`path`.*up to frame 3"):
+        list(read_frames(path, [2, 3]))
+    for indices in ([], [-1], [2, 1]):
+        with pytest.raises(ValueError, match="`indices`"):
+            next(read_frames(path, indices))
 
 
 def test_wrong_arguments_of_read_video(tmp_path):

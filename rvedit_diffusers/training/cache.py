@@ -1,133 +1,181 @@
-"""What the frozen parts of a pipeline make of edit pairs, computed once and kept on disk."""
+"""What the frozen parts of a pipeline make of edit pairs, computed once and kept on disk, a file for each pair."""
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from ..pipeline_rvedit import RVEDiTPipeline
-from ..synthetic import SyntheticEdits
+from .data import Bucket
+from .pairs import EditPairs
 
 
-CHUNK_SIZE = 32  # edits in a file
+TOKENS = ("tokens", "states", "none")
+TEXTS = ("embeds", "ids")
 
 
-def encode_latents(pipe: RVEDiTPipeline, clips: list[np.ndarray]) -> torch.Tensor:
-    """Normalised latents of uint8 clips `(frames, height, width, 3)`; see [`RVEDiTPipeline.encode_video`]."""
-    video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).to(pipe.vae.device)
-    return pipe.encode_video(video.float() / 127.5 - 1.0)
+def fingerprint(pipe: RVEDiTPipeline, tokens: str, text: str) -> str:
+    """A hash of all that [`encode_pairs`] depends on besides the pairs: weights and settings of the frozen parts."""
+    settings = [tokens, text, dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
+    settings += [pipe.processor.to_dict(), pipe.processor.chat_template, pipe.processor.tokenizer.get_vocab()]
+    settings += [pipe.tokenizer.get_vocab(), pipe.tokenizer.model_max_length]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    modules = {"vae": pipe.vae, "mllm": pipe.mllm}
+    if tokens == "tokens":
+        modules["distiller"] = pipe.distiller
+    else:
+        digest.update(hash_tensor("queries", pipe.distiller.queries))
+    if text == "embeds":
+        modules["text_encoder"] = pipe.text_encoder
+    for prefix, module in modules.items():
+        for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
+            digest.update(hash_tensor(name, tensor))
+    return digest.hexdigest()
+
+
+def hash_tensor(name: str, tensor: torch.Tensor) -> bytes:
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.digest()
+
+
+def cache_paths(folder: str | Path, pairs: EditPairs, model_key: str) -> list[Path]:
+    """The file of each pair. Its name is a hash of all that it was made of, so that no other file is ever taken."""
+    names = (hashlib.sha256(f"{model_key}{pairs.key(index)}".encode()).hexdigest() for index in range(len(pairs)))
+    return [Path(folder) / f"{name}.safetensors" for name in names]
+
+
+def to_video(clips: Sequence[np.ndarray]) -> torch.Tensor:
+    """uint8 clips `(num_frames, height, width, 3)` as `(batch, 3, num_frames, height, width)` float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
 @torch.no_grad()
-def encode_edits(pipe: RVEDiTPipeline, edits: SyntheticEdits, indices: range) -> dict[str, torch.Tensor]:
-    """Encode consecutive edits with the frozen VAE, MLLM and queries.
+def encode_pairs(
+    pipe: RVEDiTPipeline, pairs: EditPairs, indices: Sequence[int], tokens: str = "tokens", text: str = "embeds"
+) -> list[dict[str, torch.Tensor]]:
+    """Encode pairs of one bucket.
+
+    Args:
+        pipe ([`RVEDiTPipeline`]): Its VAE, MLLM, distiller, processor, tokenizer and text encoder are used.
+        pairs ([`EditPairs`]): What to encode, at `indices`.
+        tokens (`str`): `"tokens"`: what the whole distiller makes; `"states"`: the MLLM's states, for connectors that
+            learn; `"none"`: nothing, for queries that learn.
+        text (`str`): `"embeds"`: what the text encoder makes; `"ids"`: its inputs, for a text encoder that learns.
 
     Returns:
-        `dict`: One row an edit: `latents` and `source_latents` `(batch, channels, frames, height, width)`; the MLLM's
-        states in the editing branch, `edit_states` and `visual_states` (it has seen the source), and in the reference
-        branch, `reference_edit_states` and `reference_visual_states` (it has seen the edited clip);
-        `visual_positions`; `input_ids` and `attention_mask` of the instruction.
+        `list[dict]`: For each pair `latents` and `source_latents` `(channels, latent_frames, latent_height,
+        latent_width)`; `edit_tokens` and `visual_tokens` `(num, dim)` of the editing branch, whose MLLM has seen the
+        source, and `reference_edit_tokens` and `reference_visual_tokens` of the reference branch, whose MLLM has seen
+        the edited clip; `visual_positions` `(num, 3)`, float32; `prompt_embeds` `(length, text_dim)` without padding,
+        or `input_ids` and `attention_mask` `(model_max_length,)`. What is not said otherwise is bfloat16.
     """
-    items = [edits[index] for index in indices]
-    texts = [item.instruction for item in items]
-    rows = {"latents": encode_latents(pipe, [item.target_frames for item in items])}
+    sources, edited = zip(*(pairs.load(index) for index in indices), strict=True)
+    texts = [pairs.instruction(index) for index in indices]
+    rows = {}
 
-    # consecutive edits share their source clip: encode it once
-    scenes = list(dict.fromkeys(item.scene for item in items))
-    firsts = [next(item for item in items if item.scene == scene) for scene in scenes]
-    source_latents = encode_latents(pipe, [item.source_frames for item in firsts])
-    rows["source_latents"] = source_latents[[scenes.index(item.scene) for item in items]]
+    # 1. Latents. Several edits of one clip stand next to each other in some data: the clip is encoded once
+    keys = [clip.tobytes() for clip in sources]
+    unique = dict(zip(keys, sources, strict=True))
+    source_latents = pipe.encode_video(to_video(list(unique.values())))
+    rows["source_latents"] = source_latents[[list(unique).index(key) for key in keys]]
+    rows["latents"] = pipe.encode_video(to_video(edited))
 
-    for prefix, clips in (
-        ("", [item.source_frames for item in items]),
-        ("reference_", [item.target_frames for item in items]),
-    ):
-        inputs = pipe.processor(clips, texts).to(pipe.mllm.device)
-        edit_states, visual_states, visual_positions, _ = pipe.distiller.harvest(pipe.mllm, inputs)
-        rows |= {f"{prefix}edit_states": edit_states, f"{prefix}visual_states": visual_states}
+    # 2. Tokens of both branches
+    if tokens != "none":
+        rates = [pairs.fps(index) for index in indices]
+        for prefix, clips in (("", sources), ("reference_", edited)):
+            inputs = pipe.processor(list(clips), texts, fps=rates).to(pipe.mllm.device)
+            edit, visual, positions, mask = pipe.distiller.harvest(pipe.mllm, inputs)
+            assert mask is None  # clips of one size have equally many visual tokens
+            if tokens == "tokens":
+                edit, visual = pipe.distiller.connect(edit, visual)
+            rows |= {f"{prefix}edit_tokens": edit, f"{prefix}visual_tokens": visual}
+    samples = [{name: value[i].to("cpu", torch.bfloat16) for name, value in rows.items()} for i in range(len(indices))]
+    if tokens != "none":
+        for sample, row in zip(samples, positions.cpu(), strict=True):
+            sample["visual_positions"] = row
 
-    tokens = pipe.tokenizer(
-        texts, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    )
-    return {name: value.to("cpu", torch.bfloat16) for name, value in rows.items()} | {
-        "visual_positions": visual_positions.cpu(),
-        "input_ids": tokens.input_ids,
-        "attention_mask": tokens.attention_mask,
-    }
-
-
-@torch.no_grad()
-def fingerprint(pipe: RVEDiTPipeline, edits: SyntheticEdits) -> str:
-    """A hash of all that [`encode_edits`] depends on: the edits' settings, the frozen weights, the processor."""
-    settings = [vars(edits), pipe.processor.to_dict(), pipe.processor.chat_template]
-    settings += [pipe.tokenizer.get_vocab(), pipe.tokenizer.model_max_length, pipe.processor.tokenizer.get_vocab()]
-    settings += [dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    tensors = {"queries": pipe.distiller.queries} | pipe.vae.state_dict(prefix="vae.")
-    for name, tensor in (tensors | pipe.mllm.state_dict(prefix="mllm.")).items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    # 3. Text
+    length = pipe.tokenizer.model_max_length
+    inputs = pipe.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    if text == "embeds":
+        embeds, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
+        for sample, row, count in zip(samples, embeds, inputs.attention_mask.sum(1).tolist(), strict=True):
+            sample["prompt_embeds"] = row[:count].to("cpu", torch.bfloat16)
+    else:
+        for sample, ids, mask in zip(samples, inputs.input_ids, inputs.attention_mask, strict=True):
+            sample |= {"input_ids": ids, "attention_mask": mask}
+    return samples
 
 
 def fill_cache(
     pipe: RVEDiTPipeline,
-    edits: SyntheticEdits,
-    num_edits: int,
+    pairs: EditPairs,
     folder: str | Path,
-    chunk_size: int = CHUNK_SIZE,
+    tokens: str = "tokens",
+    text: str = "embeds",
+    batch_size: int = 1,
     rank: int = 0,
     num_processes: int = 1,
 ) -> list[Path]:
-    """Encode the first `num_edits` edits into files of `chunk_size`, leaving out the files that exist.
+    """Encode the pairs whose files do not exist.
+
+    A file is written whole or not at all, so filling may be stopped anywhere, and several processes and runs may share
+    a folder.
 
     Args:
-        pipe ([`RVEDiTPipeline`]): Its VAE, MLLM, queries, processor and tokenizer are used.
-        edits ([`SyntheticEdits`]): What to encode.
-        num_edits (`int`): A multiple of `chunk_size`.
+        pipe, pairs, tokens, text: See [`encode_pairs`].
         folder (`str` or `Path`): Where the files go.
-        chunk_size (`int`, defaults to 32): Edits in a file.
+        batch_size (`int`, defaults to 1): Pairs that are encoded together.
         rank, num_processes (`int`): Processes that fill one folder together take turns.
 
     Returns:
-        `list[Path]`: All files, in the order of the edits.
-
-    Raises:
-        ValueError: `num_edits` is no multiple of `chunk_size`; the VAE cannot encode the clips' length whole; or a
-            file in `folder` is of other edits, or of a pipeline whose frozen parts differ.
+        `list[Path]`: The file of each pair.
     """
-    step = pipe.vae_scale_factor_temporal
-    if edits[0].scene.num_frames % step != 1:
-        raise ValueError(f"`edits` has clips of {edits[0].scene.num_frames} frames, but the VAE encodes {step}k + 1")
-    if num_edits < 1 or num_edits % chunk_size:
-        raise ValueError(f"`num_edits` has to be a multiple of {chunk_size}, but is {num_edits}")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"edits-{start:07d}.safetensors" for start in range(0, num_edits, chunk_size)]
-    key = fingerprint(pipe, edits)
-    for path in filter(Path.exists, paths):
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}).get("fingerprint") != key:
-                raise ValueError(
-                    f"`folder` has {path}, made of other edits or by other weights: remove it or take another folder"
-                )
-    for index in tqdm(range(rank, len(paths), num_processes), desc="encoding", unit="file", disable=rank > 0):
-        if not paths[index].exists():
-            rows = encode_edits(pipe, edits, range(index * chunk_size, (index + 1) * chunk_size))
-            temporary = paths[index].with_suffix(f".partial{rank}")
-            rows = {name: value.contiguous() for name, value in rows.items()}
-            save_file(rows, temporary, metadata={"fingerprint": key})
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = cache_paths(folder, pairs, fingerprint(pipe, tokens, text))
+    members: dict[Bucket, list[int]] = {}
+    for index in range(len(pairs)):
+        members.setdefault(pairs.bucket(index), []).append(index)
+    # shared out whatever exists already: processes that start at different times would not agree on that
+    batches = [
+        indices[start : start + batch_size]
+        for indices in members.values()
+        for start in range(0, len(indices), batch_size)
+    ][rank::num_processes]
+    missing = [batch for batch in ([i for i in batch if not paths[i].exists()] for batch in batches) if batch]
+    for indices in tqdm(missing, desc="encoding", unit="batch", disable=rank > 0):
+        for index, sample in zip(indices, encode_pairs(pipe, pairs, indices, tokens, text), strict=True):
+            temporary = paths[index].with_suffix(f".partial{os.getpid()}")
+            save_file({name: value.contiguous() for name, value in sample.items()}, temporary)
             os.replace(temporary, paths[index])
     return paths
 
 
-def load_cache(paths: list[Path]) -> dict[str, torch.Tensor]:
-    """Read the files of [`fill_cache`] into memory, one tensor a name."""
-    chunks = [load_file(path) for path in paths]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+class CachedPairs(torch.utils.data.Dataset):
+    """Samples of [`fill_cache`] by index: tensors by name, floating point in float32.
+
+    Args:
+        paths (`Sequence[Path]`): What [`fill_cache`] returned.
+        text_length (`int`): `prompt_embeds` are padded with zeros to this many rows, as in the pipeline.
+    """
+
+    def __init__(self, paths: Sequence[Path], text_length: int):
+        self.paths, self.text_length = list(paths), text_length
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        sample = {k: v.float() if v.is_floating_point() else v for k, v in load_file(self.paths[index]).items()}
+        if "prompt_embeds" in sample:
+            padding = (0, 0, 0, self.text_length - len(sample["prompt_embeds"]))
+            sample["prompt_embeds"] = torch.nn.functional.pad(sample["prompt_embeds"], padding)
+        return sample

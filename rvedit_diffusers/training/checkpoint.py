@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import TextIO
 
 import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
+
+
+def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that learn, by name, each once."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -35,7 +40,8 @@ def save_training_state(
 
     Args:
         folder (`str` or `Path`): Where the checkpoint goes; its parent is created.
-        modules (`dict[str, torch.nn.Module]`): Saved whole, one safetensors file each, under these names.
+        modules (`dict[str, torch.nn.Module]`): Their parameters that learn are saved, one safetensors file each, under
+            these names.
         optimizer (`torch.optim.Optimizer`): Its per-parameter tensors are saved by parameter index.
         state (`dict`): JSON-serialisable: step, seed, whatever the loop needs to go on.
     """
@@ -44,7 +50,8 @@ def save_training_state(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     for name, module in modules.items():
-        save_model(module, str(temporary / f"{name}.safetensors"))
+        tensors = {key: value.detach().contiguous().cpu() for key, value in trainable(module).items()}
+        save_file(tensors, temporary / f"{name}.safetensors")
     moments = {
         f"{index}.{key}": torch.as_tensor(value).detach().contiguous().cpu()
         for index, entry in optimizer.state_dict()["state"].items()
@@ -74,13 +81,19 @@ def load_training_state(
 
     Raises:
         FileNotFoundError: `folder` is not a finished checkpoint.
-        RuntimeError: A module's parameters differ from the saved ones.
+        ValueError: Other parameters of a module learn than those that were saved.
     """
     folder = Path(folder)
     if not (folder / "state.json").is_file():
         raise FileNotFoundError(f"{folder} holds no training checkpoint (state.json is missing)")
     for name, module in modules.items():
-        load_model(module, str(folder / f"{name}.safetensors"))
+        parameters, saved = trainable(module), load_file(folder / f"{name}.safetensors")
+        different = parameters.keys() ^ saved.keys()
+        if different:
+            raise ValueError(f"{folder} is of a training of other parameters of {name}, such as {min(different)}")
+        with torch.no_grad():
+            for key, parameter in parameters.items():
+                parameter.copy_(saved[key])
     entries: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in load_file(folder / "optimizer.safetensors").items():
         index, name = key.split(".", 1)

@@ -1,0 +1,92 @@
+"""What can be trained on: pairs of clips with an instruction, by index."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from ..synthetic import SyntheticEdits
+from .data import Bucket, Plan, content_key, load_pair
+
+
+class EditPairs(Protocol):
+    """Pairs of clips with an instruction, by index. All of it is a function of the index alone."""
+
+    def __len__(self) -> int: ...
+
+    def bucket(self, index: int) -> Bucket:
+        """The size of both clips."""
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and edited clip, each uint8 `(num_frames, height, width, 3)`."""
+
+    def instruction(self, index: int) -> str: ...
+
+    def fps(self, index: int) -> float:
+        """Frames per second of both clips."""
+
+    def key(self, index: int) -> str:
+        """A hash of all that the methods above return."""
+
+
+class FilePairs:
+    """Pairs of files that [`plan_pairs`] has checked, an [`EditPairs`].
+
+    Args:
+        plans (`Sequence[Plan]`): How each pair is loaded.
+    """
+
+    def __init__(self, plans: Sequence[Plan]):
+        self.plans = list(plans)
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def bucket(self, index: int) -> Bucket:
+        return self.plans[index].bucket
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return load_pair(self.plans[index])
+
+    def instruction(self, index: int) -> str:
+        return self.plans[index].pair.instruction
+
+    def fps(self, index: int) -> float:
+        return float(self.plans[index].fps)
+
+    def key(self, index: int) -> str:
+        return content_key(self.plans[index])
+
+
+class SyntheticPairs:
+    """The first edits of an endless list, an [`EditPairs`].
+
+    Args:
+        edits ([`SyntheticEdits`]): The list.
+        num_pairs (`int`): How many of it.
+        fps (`float`): The rate that the clips are said to have.
+    """
+
+    def __init__(self, edits: SyntheticEdits, num_pairs: int, fps: float):
+        self.edits, self.num_pairs, self.rate = edits, num_pairs, fps
+
+    def __len__(self) -> int:
+        return self.num_pairs
+
+    def bucket(self, index: int) -> Bucket:
+        return Bucket(*(self.edits.scene_arguments[name] for name in ("num_frames", "height", "width")))
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        edit = self.edits[index]
+        return edit.source_frames, edit.target_frames
+
+    def instruction(self, index: int) -> str:
+        return self.edits[index].instruction
+
+    def fps(self, index: int) -> float:
+        return self.rate
+
+    def key(self, index: int) -> str:
+        return hashlib.sha256(json.dumps([vars(self.edits), index, self.rate]).encode()).hexdigest()
