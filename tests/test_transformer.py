@@ -725,6 +725,7 @@ def run_one_rank(rank, store):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_context_parallel_timesteps_of_tokens_equal_plain(tmp_path):
     torch.multiprocessing.spawn(run_one_rank, (tmp_path / "store",), nprocs=2)
 
