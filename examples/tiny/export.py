@@ -37,7 +37,8 @@ that ship inside scikit-image and scikit-learn served as backgrounds.
 
 `make score SEED={seed}`: scenes whose seeds were not used in training. An edit succeeds if, in at least 80 % of the
 frames, the result is nearer to the true target than to the source and to every wrong edit, in the edited region and in
-what the wrong edit alone would change. PSNR in dB: outside of the edited region (of a grade: everywhere), and what the autoencoder alone reaches there.
+what the wrong edit alone would change. PSNR in dB: outside of the edited region (of a grade: everywhere), and what the
+autoencoder alone reaches there.
 
 | kind | success | outside PSNR | autoencoder | n |
 |---|---|---|---|---|
