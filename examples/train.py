@@ -389,7 +389,8 @@ def main(argv: list[str] | None = None) -> None:
     patch_volume = math.prod(pipe.transformer.config.patch_size)
     bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step", disable=not main_process)
     log = open_log(args.output / "log.jsonl", step) if main_process else None
-    sums, progress = torch.zeros(4, device=device), 0.0  # flow and alignment losses, steps with each
+    # flow and alignment losses, steps with each, and the bound's ceiling, which differs between buckets
+    sums, progress = torch.zeros(5, device=device), 0.0
     for batch in batches:
         # every process has to follow the clock of the first
         progress = (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
@@ -423,7 +424,7 @@ def main(argv: list[str] | None = None) -> None:
             loss = loss + args.align_weight * ramp * align_loss
             sums[1] += align_loss.detach()
             sums[3] += 1
-            num_aligned = len(positions)
+            sums[4] += math.log(len(positions))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -432,7 +433,7 @@ def main(argv: list[str] | None = None) -> None:
         bar.update()
 
         if step % args.log_every == 0 and main_process:
-            flow, align_total, flow_count, align_count = sums.tolist()
+            flow, align_total, flow_count, align_count, ceiling_total = sums.tolist()
             sums.zero_()
             entry = {
                 "step": step,
@@ -442,8 +443,9 @@ def main(argv: list[str] | None = None) -> None:
             }
             if align_count:
                 entry["align"] = align_total / align_count
-                entry["information_nats"] = mutual_information_bound(torch.tensor(entry["align"]), num_aligned).item()
-                entry["information_ceiling_nats"] = math.log(num_aligned)
+                ceiling = ceiling_total / align_count
+                bound = mutual_information_bound(torch.tensor(entry["align"]), math.exp(ceiling))
+                entry |= {"information_nats": bound.item(), "information_ceiling_nats": ceiling}
             log.write(json.dumps(entry) + "\n")
             log.flush()
             bar.set_postfix({k: f"{entry[k]:.4f}" for k in ("flow", "align", "information_nats") if k in entry})

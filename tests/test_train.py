@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -284,6 +285,8 @@ def test_trains_on_files(model, table, tmp_path, capsys):
     options = ("--steps=2", f"--train_data={table}", "--training_type=lora", "--lora_rank=2", "--batch_size=2")
     log = run(model, tmp_path / "cache", tmp_path / "out", *options)
     assert len(log) == 2 and all(entry["flow"] > 0 for entry in log)
+    for entry in log:
+        assert entry["information_nats"] == pytest.approx(math.log(2 * 2 * 2) - entry["align"], abs=1e-4)
     assert (tmp_path / "out" / "lora").is_dir()
     table_of_pairs = capsys.readouterr().out
     assert "dropped: 1 of 4 pairs" in table_of_pairs and "broken.mp4" in table_of_pairs
