@@ -82,7 +82,6 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->mllm->distiller->transformer->vae"
-    _optional_components = ["tokenizer", "text_encoder", "processor", "mllm", "distiller"]
     _callback_tensor_inputs = [
         "latents",
         "source_latents",
