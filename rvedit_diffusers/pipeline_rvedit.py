@@ -338,21 +338,15 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         num_videos_per_prompt,
         generator,
         latents,
-        prompt_embeds,
-        negative_prompt_embeds,
-        edit_embeds,
-        visual_embeds,
-        visual_positions,
-        visual_attention_mask,
-        negative_edit_embeds,
-        negative_visual_embeds,
+        embeds,
         output_type,
         callback_on_step_end,
         callback_on_step_end_tensor_inputs,
         attention_kwargs,
         max_sequence_length,
     ):
-        """Check everything but the clips; the arguments are those of the call, defaults filled in.
+        """Check everything but the clips; the arguments are those of the call, defaults filled in, `embeds` all its
+        embeddings by name.
 
         Raises:
             `TypeError`, `ValueError`: naming the argument, its value and what would be right.
@@ -417,39 +411,32 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 _check_texts(name, value)
 
         # 4. Embeddings
+        prompt_embeds, negative_prompt_embeds = embeds["prompt_embeds"], embeds["negative_prompt_embeds"]
+        edit_embeds, visual_embeds = embeds["edit_embeds"], embeds["visual_embeds"]
+        visual_positions = embeds["visual_positions"]
         dim = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
         text_dim = self.transformer.config.text_dim
-        for name, value in (
-            ("visual_positions", visual_positions),
-            ("visual_attention_mask", visual_attention_mask),
-            ("negative_visual_embeds", negative_visual_embeds),
-        ):
-            if value is not None and visual_embeds is None:
+        for name in ("visual_positions", "visual_attention_mask", "negative_visual_embeds"):
+            if embeds[name] is not None and visual_embeds is None:
                 raise ValueError(f"`{name}` is given, but `visual_embeds`, to which it belongs, is None: pass both.")
         if visual_embeds is not None and visual_positions is None:
             raise ValueError(
                 "`visual_positions` is None, but `visual_embeds` is given: pass where the tokens stand, (batch,"
                 " num_visual, 3), as `encode_tokens` returns it."
             )
-        _check_tensor("prompt_embeds", prompt_embeds, ("batch", "text_len", text_dim))
-        _check_tensor("negative_prompt_embeds", negative_prompt_embeds, ("batch", "text_len", text_dim))
-        _check_tensor("edit_embeds", edit_embeds, ("batch", "num_edit_tokens", dim))
-        _check_tensor("negative_edit_embeds", negative_edit_embeds, ("batch", "num_edit_tokens", dim))
-        _check_tensor("visual_embeds", visual_embeds, ("batch", "num_visual", dim))
-        num_visual = None if visual_embeds is None else visual_embeds.shape[1]
-        _check_tensor("negative_visual_embeds", negative_visual_embeds, ("batch", num_visual, dim))
-        _check_tensor("visual_positions", visual_positions, ("batch", num_visual, 3))
-        _check_tensor("visual_attention_mask", visual_attention_mask, ("batch", num_visual), is_bool=True)
-        embeds = {
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "edit_embeds": edit_embeds,
-            "negative_edit_embeds": negative_edit_embeds,
-            "visual_embeds": visual_embeds,
-            "visual_positions": visual_positions,
-            "visual_attention_mask": visual_attention_mask,
-            "negative_visual_embeds": negative_visual_embeds,
+        shapes = {
+            "prompt_embeds": ("batch", "text_len", text_dim),
+            "negative_prompt_embeds": ("batch", "text_len", text_dim),
+            "edit_embeds": ("batch", "num_edit_tokens", dim),
+            "negative_edit_embeds": ("batch", "num_edit_tokens", dim),
+            "visual_embeds": ("batch", "num_visual", dim),
         }
+        for name, shape in shapes.items():
+            _check_tensor(name, embeds[name], shape)
+        num_visual = None if visual_embeds is None else visual_embeds.shape[1]
+        _check_tensor("negative_visual_embeds", embeds["negative_visual_embeds"], ("batch", num_visual, dim))
+        _check_tensor("visual_positions", visual_positions, ("batch", num_visual, 3))
+        _check_tensor("visual_attention_mask", embeds["visual_attention_mask"], ("batch", num_visual), is_bool=True)
         for name, value in embeds.items():
             stream = name.removeprefix("negative_").split("_")[0].replace("prompt", "text")
             if value is not None and stream not in self.token_streams:
@@ -826,6 +813,16 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             source_guidance_scale = self.config.default_source_guidance_scale
 
         # 1. Check all inputs and read the clips
+        embeds = {
+            "prompt_embeds": prompt_embeds,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "edit_embeds": edit_embeds,
+            "negative_edit_embeds": negative_edit_embeds,
+            "visual_embeds": visual_embeds,
+            "negative_visual_embeds": negative_visual_embeds,
+            "visual_positions": visual_positions,
+            "visual_attention_mask": visual_attention_mask,
+        }
         self.check_inputs(
             prompt,
             negative_prompt,
@@ -837,14 +834,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             num_videos_per_prompt,
             generator,
             latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            edit_embeds,
-            visual_embeds,
-            visual_positions,
-            visual_attention_mask,
-            negative_edit_embeds,
-            negative_visual_embeds,
+            embeds,
             output_type,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -853,16 +843,6 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         )
         generator = list(generator) if isinstance(generator, tuple) else generator
         clips, rates = load_clips(video, num_frames, self._max_frames(), fps)
-        embeds = {
-            "prompt_embeds": prompt_embeds,
-            "negative_prompt_embeds": negative_prompt_embeds,
-            "edit_embeds": edit_embeds,
-            "negative_edit_embeds": negative_edit_embeds,
-            "visual_embeds": visual_embeds,
-            "negative_visual_embeds": negative_visual_embeds,
-            "visual_positions": visual_positions,
-            "visual_attention_mask": visual_attention_mask,
-        }
         self._check_clips(
             clips, prompt, negative_prompt, embeds, height, width, num_videos_per_prompt, generator, latents
         )
