@@ -1,472 +1,693 @@
 """Fine-tune an RVEDiT pipeline on pairs of clips: flow matching plus reference-anchored attention alignment.
 
     python examples/train.py --model MODEL --train_data DATA --output runs/lora --training_type lora
-    accelerate launch --num_processes 2 examples/train.py ...
+    accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py ...
+    python examples/train.py --plot runs/lora
 
-What is frozen encodes every pair once, into a cache on disk, and leaves memory. The run goes on from
-`OUTPUT/checkpoint` if it is there.
+What is frozen encodes every pair once, into a cache on disk, and leaves memory. `--resume_from_checkpoint latest` goes
+on from the last checkpoint, or begins if there is none.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import math
+import re
+import shutil
 import sys
 import time
-from collections.abc import Iterator
 from fractions import Fraction
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
+from diffusers import AutoencoderKLWan
+from diffusers.hooks import apply_group_offloading
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel, cast_training_params
+from huggingface_hub import create_repo, upload_folder
 from peft import LoraConfig
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from tqdm import tqdm
 
-from rvedit_diffusers import RVEDiTPipeline
-from rvedit_diffusers.losses import (
-    AlignmentHead,
-    edit_region_weight,
-    flow_matching_loss,
-    infonce_loss,
-    mutual_information_bound,
-    sample_sigmas,
-    sample_token_positions,
-)
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTTransformer3DModel
+from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
 from rvedit_diffusers.synthetic import SyntheticEdits
-from rvedit_diffusers.training.cache import CachedPairs, fill_cache
+from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, EditingBranches
+from rvedit_diffusers.training.cache import CachedPairs, cached_null_text, fill_cache, fingerprint, text_length
 from rvedit_diffusers.training.checkpoint import (
-    has_training_state,
-    load_training_state,
+    averaged,
+    checkpoints,
+    differences,
+    load_checkpoint,
     open_log,
-    save_training_state,
+    prune_checkpoints,
+    read_log,
+    read_state,
+    replace_folder,
+    save_checkpoint,
+    save_weights,
 )
-from rvedit_diffusers.training.data import PRESETS, describe_plans, parse_buckets, plan_pairs, read_pairs
-from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
+from rvedit_diffusers.training.data import (
+    PRESETS,
+    Bucket,
+    ScanRecord,
+    describe_plans,
+    parse_buckets,
+    plan_pairs,
+    read_pairs,
+)
+from rvedit_diffusers.training.memory import describe_needs
+from rvedit_diffusers.training.meter import LossMeter
+from rvedit_diffusers.training.model_card import write_model_card
+from rvedit_diffusers.training.optimizers import block_matrices, build_optimizer
+from rvedit_diffusers.training.options import with_config
 from rvedit_diffusers.training.pairs import EditPairs, FilePairs, SyntheticPairs
 from rvedit_diffusers.training.plots import plot_losses
-from rvedit_diffusers.training.sampler import BatchSampler, derive_seed, generator, share
+from rvedit_diffusers.training.sampler import BatchSampler, derive_seed
+from rvedit_diffusers.training.samples import Draws, MLLMCollator, Samples, numbered_batches
+from rvedit_diffusers.training.validation import FixedDraws, edit_held_out, gradient_norms, held_out_loss
 
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
-
-
-def with_config(parser: argparse.ArgumentParser, argv: list[str]) -> list[str]:
-    """The options of the `--config` file as command line options, and `argv` after them, which so goes first."""
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--config", type=Path)
-    path = first.parse_known_args(argv)[0].config
-    if path is None:
-        return argv
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        parser.error(f"--config {path} cannot be read: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"--config {path} has to hold one JSON object")
-    unknown = set(values) - {action.dest for action in parser._actions}
-    if unknown:
-        parser.error(f"--config {path} sets unknown options: {', '.join(sorted(unknown))}")
-    options = []
-    for name, value in values.items():
-        if value is True:
-            options.append(f"--{name}")
-        elif value is not False and value is not None:
-            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return options + argv
+# What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
+# and the weights, the content counts; of the batch size, that of all processes.
+FREE_TO_CHANGE = set(
+    "config model output train_data validation_data data_root strict dry_run plot cache_dir encode_batch_size"
+    " num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile group_offload"
+    " resume_from_checkpoint allow_config_change checkpointing_steps checkpoints_total_limit logging_steps"
+    " validation_steps num_validation_edits report_to max_nonfinite push_to_hub hub_model_id hub_private_repo".split()
+)
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, help="JSON file with values for any of the options below")
-    parser.add_argument("--model", type=Path, required=True, help="folder of the pipeline to train")
-    parser.add_argument("--output", type=Path, required=True, help="folder for weights, checkpoint, log and curves")
+    parser.add_argument("--model", help="folder or Hub id of the pipeline to train")
+    parser.add_argument("--output", type=Path, help="folder for weights, checkpoints, log, curves and clips")
+    parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN/losses.png from what RUN has logged")
 
-    data = parser.add_argument_group("data")
-    data.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--train_data",
         default="synthetic",
         help="`synthetic`, a .csv, .jsonl or .json file, a folder with metadata.csv or metadata.jsonl, or a Hugging"
         " Face dataset",
     )
-    data.add_argument("--data_root", type=Path, help="folder that relative paths start from; default: the table's own")
-    data.add_argument("--columns", choices=PRESETS, default="default", help="layout of the table")
+    group.add_argument("--data_root", type=Path, help="folder that relative paths start from; default: the table's")
+    group.add_argument("--columns", choices=PRESETS, default="default", help="layout of the table")
     for name in ("source", "edited", "instruction"):
-        data.add_argument(f"--{name}_column", help="name of this column; default: that of --columns")
-    data.add_argument(
+        group.add_argument(f"--{name}_column", help="name of this column; default: that of --columns")
+    group.add_argument(
         "--buckets", default="17x64x64", help="frames x height x width, several with commas; a pair goes to its best"
     )
-    data.add_argument(
-        "--fps", type=Fraction, help="frames per second of all clips; default: the lower of a pair's two"
-    )
-    data.add_argument("--strict", action="store_true", help="end if a pair has to be dropped")
-    data.add_argument("--dry_run", action="store_true", help="end after the scan of all files")
-    data.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; default: OUTPUT/cache")
-    data.add_argument("--encode_batch_size", type=int, default=1, help="pairs that are encoded together")
-    data.add_argument("--num_workers", type=int, default=0, help="processes that read the cache")
-    data.add_argument("--num_pairs", type=int, default=8192, help="pairs of `synthetic`")
-    data.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
+    group.add_argument("--fps", type=Fraction, help="frames per second of all clips; default: the lower of a pair's")
+    group.add_argument("--strict", action="store_true", help="end if a pair has to be dropped")
+    group.add_argument("--dry_run", action="store_true", help="end after the scan of all files, with an estimate")
+    group.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; default: OUTPUT/cache")
+    group.add_argument("--encode_batch_size", type=int, default=1, help="pairs that are encoded together")
+    group.add_argument("--num_workers", type=int, default=0, help="processes that read the cache")
+    group.add_argument("--num_pairs", type=int, default=8192, help="pairs of `synthetic`")
+    group.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
 
-    learning = parser.add_argument_group("what learns, and how")
-    learning.add_argument("--training_type", choices=("lora", "full"), default="full")
-    learning.add_argument("--lora_rank", type=int, default=32)
-    learning.add_argument("--lora_alpha", type=float, help="default: the rank")
-    learning.add_argument("--lora_dropout", type=float, default=0.0)
-    learning.add_argument("--lora_targets", nargs="+", default=list(LORA_TARGETS), help="names of linear layers")
-    learning.add_argument("--train_connectors", action="store_true", help="the distiller's connectors learn, too")
-    learning.add_argument("--train_text_encoder", action="store_true", help="the text encoder learns, too")
-    learning.add_argument("--steps", type=int, default=10000)
-    learning.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
-    learning.add_argument("--batch_size", type=int, default=16, help="pairs a step and process")
-    learning.add_argument(
-        "--optimizer", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of the blocks"
+    group = parser.add_argument_group("what learns, and how")
+    group.add_argument("--training_type", choices=("lora", "full"), default="lora")
+    group.add_argument("--lora_rank", type=int, default=32)
+    group.add_argument("--lora_alpha", type=float, help="default: the rank")
+    group.add_argument("--lora_dropout", type=float, default=0.0)
+    group.add_argument("--lora_targets", nargs="+", default=list(LORA_TARGETS), help="names of linear layers")
+    group.add_argument(
+        "--train_distiller",
+        nargs="?",
+        choices=("all", "connectors", "none"),
+        const="all",
+        help="`all`: queries and connectors, the MLLM runs in every step; `connectors`: its states are cached;"
+        " default: all in full training, none with LoRA",
     )
-    learning.add_argument("--learning_rate", type=float, default=1e-3)
-    learning.add_argument("--warmup_steps", type=int, default=200)
-    learning.add_argument("--weight_decay", type=float, default=0.01)
-    learning.add_argument(
-        "--gradient_checkpointing", action="store_true", help="less memory for about a third more time"
+    group.add_argument("--train_text_encoder", action="store_true", help="the text encoder learns, too")
+    group.add_argument("--max_train_steps", type=int, default=1000)
+    group.add_argument("--train_batch_size", type=int, default=1, help="pairs a process and micro-batch")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument(
+        "--optimizer", default="adamw", help="adamw, adamw8bit, muon (for matrices of blocks), or one of torch.optim"
     )
-    learning.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    learning.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    learning.add_argument("--seed", type=int, default=0)
+    group.add_argument("--optimizer_args", type=json.loads, default={}, help="further arguments of it, as JSON")
+    group.add_argument("--learning_rate", type=float, help="default: 1e-4 with LoRA, 1e-5 in full training")
+    group.add_argument("--weight_decay", type=float, default=0.01)
+    group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant_with_warmup")
+    group.add_argument("--lr_warmup_steps", type=int, default=100)
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip")
+    group.add_argument("--max_nonfinite", type=int, default=10, help="skipped steps in a row after which to end")
+    group.add_argument("--ema_decay", type=float, default=0.0, help="of the weights' moving average; 0: none is kept")
+    group.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
+    group.add_argument("--layerwise_casting", action="store_true", help="LoRA: the frozen weights rest in fp8")
+    group.add_argument("--group_offload", action="store_true", help="LoRA: the frozen weights rest in host memory")
+    group.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    group.add_argument("--seed", type=int, default=0)
 
-    losses = parser.add_argument_group("losses")
-    losses.add_argument("--sigma_shift", type=float, default=1.0, help="shift of the noise levels")
-    losses.add_argument(
-        "--edit_weight", type=float, default=0.0, help="extra weight of latent cells that an edit changes"
+    group = parser.add_argument_group("losses")
+    group.add_argument("--sigma_shift", type=float, default=3.0, help="shift of noise levels: 3 at 480p, 5 at 720p")
+    group.add_argument("--edit_weight", type=float, default=0.0, help="extra weight of latent cells that change")
+    group.add_argument("--drop_instruction", type=float, default=0.1, help="share trained without instruction")
+    group.add_argument("--drop_all", type=float, default=0.1, help="share trained without instruction and source")
+    group.add_argument("--align_weight", type=float, default=0.05, help="0 trains without the reference branch")
+    group.add_argument(
+        "--align_blocks", type=int, nargs="+", help="aligned blocks; default: the last shallow and the first deep one"
     )
-    losses.add_argument("--drop_instruction", type=float, default=0.1, help="share trained without instruction")
-    losses.add_argument("--drop_all", type=float, default=0.1, help="share trained without instruction and source")
-    losses.add_argument("--align_weight", type=float, default=0.05, help="0 trains without the reference branch")
-    losses.add_argument("--align_blocks", type=int, nargs="+", help="aligned blocks; one near a third of the depth")
-    losses.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared")
-    losses.add_argument("--align_temperature", type=float, default=0.07)
-    losses.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
-    losses.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
+    group.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared in a clip")
+    group.add_argument("--align_loss", choices=ALIGNMENT_LOSSES, default="infonce")
+    group.add_argument("--align_temperature", type=float, default=0.07, help="of infonce")
+    group.add_argument(
+        "--align_reference_latents", choices=("source", "reference"), default="source", help="of the reference branch"
+    )
+    group.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
+    group.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
+    group.add_argument("--align_stop_step", type=int, help="align in the steps before this one alone")
 
-    watching = parser.add_argument_group("checkpoints and log")
-    watching.add_argument("--save_every", type=int, default=500)
-    watching.add_argument("--log_every", type=int, default=20)
+    group = parser.add_argument_group("checkpoints, validation and log")
+    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed; default: all are kept")
+    group.add_argument("--resume_from_checkpoint", metavar="CHECKPOINT", help="folder, or `latest`")
+    group.add_argument("--allow_config_change", action="store_true", help="go on though settings or data differ")
+    group.add_argument("--validation_data", help="pairs to validate on, like --train_data")
+    group.add_argument(
+        "--num_validation_pairs", type=int, help="held out of --train_data; default: a tenth, at most 16"
+    )
+    group.add_argument("--validation_steps", type=int, default=500, help="0: never")
+    group.add_argument("--num_validation_edits", type=int, default=4, help="clips that are edited at each validation")
+    group.add_argument("--logging_steps", type=int, default=20)
+    group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, ... or none")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result")
+    group.add_argument("--hub_model_id", help="name of the repository; needs --push_to_hub")
+    group.add_argument("--hub_private_repo", action="store_true")
 
     args = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
-    counts = ("num_pairs", "edits_per_scene", "batch_size", "encode_batch_size", "lora_rank")
-    for name in (*counts, "align_tokens", "align_every", "log_every", "save_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
-    if args.minutes is None and args.steps < 1:
-        parser.error(f"--steps has to be at least 1, but is {args.steps}")
-    if args.fps is not None and args.fps <= 0:
-        parser.error(f"--fps has to be above 0, but is {args.fps}")
-    if not (args.model / "model_index.json").is_file():
-        parser.error(f"--model has to be the folder of a pipeline, but {args.model} holds no model_index.json")
+    if args.plot is not None:
+        return args
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what cannot work, and fill in what follows from other options."""
+    for name in ("model", "output"):
+        if getattr(args, name) is None:
+            parser.error(f"--{name} is required")
+    least = dict.fromkeys(("num_pairs", "edits_per_scene", "max_train_steps", "train_batch_size", "lora_rank"), 1)
+    least |= dict.fromkeys(("gradient_accumulation_steps", "encode_batch_size", "align_tokens", "align_every"), 1)
+    least |= dict.fromkeys(("checkpointing_steps", "logging_steps", "max_nonfinite", "checkpoints_total_limit"), 1)
+    least |= dict.fromkeys(("validation_steps", "num_validation_pairs", "num_validation_edits", "num_workers"), 0)
+    least |= dict.fromkeys(("lr_warmup_steps", "max_grad_norm", "weight_decay", "edit_weight", "align_weight"), 0)
+    for name, bound in least.items():
+        if getattr(args, name) is not None and not getattr(args, name) >= bound:
+            parser.error(f"--{name} has to be at least {bound}, but is {getattr(args, name)}")
+    for name in ("fps", "learning_rate", "sigma_shift", "align_temperature", "lora_alpha"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            parser.error(f"--{name} has to be above 0, but is {getattr(args, name)}")
+    for name in ("ema_decay", "lora_dropout", "drop_instruction", "drop_all"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} has to be in [0, 1], but is {getattr(args, name)}")
+    if args.drop_instruction + args.drop_all > 1:
+        parser.error("--drop_instruction and --drop_all have to be at most 1 together")
+    if not isinstance(args.optimizer_args, dict):
+        parser.error(f"--optimizer_args has to be a JSON object, but is {args.optimizer_args}")
+    if not (Path(args.model) / "model_index.json").is_file():
+        if Path(args.model).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.model):
+            parser.error(f"--model has to be a pipeline, but {args.model} is no folder with a model_index.json")
     try:
         args.buckets = parse_buckets(args.buckets)
     except ValueError as error:
         parser.error(str(error))
     if args.train_data == "synthetic" and len(args.buckets) > 1:
         parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
+    if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
+        parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
+    if args.group_offload and not args.gradient_checkpointing:
+        parser.error("--group_offload needs --gradient_checkpointing: else every weight is kept for the backward pass")
+    try:  # a parameter as small as can be tells whether there is such an optimizer
+        weight = torch.nn.Parameter(torch.zeros(1, 1))
+        build_optimizer(args.optimizer, [weight], [weight], 1.0, args.weight_decay, **args.optimizer_args)
+    except (ImportError, ValueError) as error:
+        parser.error(str(error))
+    if args.push_to_hub != (args.hub_model_id is not None):
+        parser.error("--push_to_hub and --hub_model_id need each other")
+
     for name, column in zip(("source", "edited", "instruction"), PRESETS[args.columns], strict=True):
         if getattr(args, f"{name}_column") is None:
             setattr(args, f"{name}_column", column)
-    return args
+    is_lora = args.training_type == "lora"
+    args.train_distiller = args.train_distiller or ("none" if is_lora else "all")
+    args.learning_rate = args.learning_rate or (1e-4 if is_lora else 1e-5)
+    args.lora_alpha = args.lora_alpha or args.lora_rank
+    args.cache_dir = args.cache_dir or args.output / "cache"
+    if args.resume_from_checkpoint is None:
+        if checkpoints(args.output):
+            parser.error(
+                f"--output {args.output} holds {checkpoints(args.output)[-1].name} of an earlier run:"
+                " --resume_from_checkpoint latest goes on with it, another --output begins anew"
+            )
+    elif args.resume_from_checkpoint == "latest":
+        args.resume_from_checkpoint = next(iter(checkpoints(args.output)[::-1]), None)
+    else:
+        try:
+            read_state(args.resume_from_checkpoint)
+        except FileNotFoundError as error:
+            parser.error(f"--resume_from_checkpoint: {error}")
 
 
-def load_pairs(args: argparse.Namespace, pipe: RVEDiTPipeline) -> tuple[EditPairs | None, str | None]:
-    """The pairs to train on, or why there are none; prints what was kept, trimmed and dropped."""
-    try:
-        for bucket in args.buckets:
-            patch = pipe.transformer.config.patch_size[1]
-            bucket.check(pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial * patch)
-        if args.train_data == "synthetic":
-            bucket = args.buckets[0]
-            size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
-            edits = SyntheticEdits(args.seed + 20, **size, edits_per_scene=args.edits_per_scene)
-            return SyntheticPairs(edits, args.num_pairs, float(args.fps or pipe.processor.default_fps)), None
-        columns = (args.source_column, args.edited_column, args.instruction_column)
-        pairs = read_pairs(args.train_data, *columns, data_root=args.data_root)
-        plans, dropped = plan_pairs(pairs, args.buckets, args.fps)
-    except (ImportError, OSError, ValueError) as error:
-        return None, str(error)
+def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
+    """The pairs that `data` names; prints what was kept, trimmed and dropped."""
+    for bucket in args.buckets:
+        bucket.check(*pixels)
+    if data == "synthetic":
+        bucket = args.buckets[0]
+        size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
+        edits = SyntheticEdits(args.seed + 20, **size, edits_per_scene=args.edits_per_scene)
+        return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps))
+    columns = (args.source_column, args.edited_column, args.instruction_column)
+    pairs = read_pairs(data, *columns, data_root=args.data_root)
+    record = args.cache_dir / "files.jsonl"
+    plans, dropped = plan_pairs(pairs, args.buckets, args.fps, record=record)
     print(describe_plans(plans, dropped))
     if not plans:
-        return None, f"--train_data {args.train_data} has no pair to train on"
+        raise ValueError(f"{data} has no pair that can be used")
     if dropped and args.strict:
-        return None, f"--strict, but {len(dropped)} of {len(pairs)} pairs were dropped"
-    return FilePairs(plans), None
+        raise ValueError(f"--strict, but {len(dropped)} of {len(pairs)} pairs were dropped")
+    return FilePairs(plans, record)
 
 
-class EditingBranches(nn.Module):
-    """Everything that learns, so that one wrapped module runs both branches of a step."""
-
-    def __init__(self, pipe: RVEDiTPipeline, args: argparse.Namespace):
-        super().__init__()
-        self.transformer = pipe.transformer
-        self.distiller = pipe.distiller if args.train_connectors else None
-        self.text_encoder = pipe.text_encoder if args.train_text_encoder else None
-        config = self.transformer.config
-        self.align_blocks = args.align_blocks or [config.num_layers // 3]
-        self.align_temperature = args.align_temperature
-        dim = config.num_attention_heads * config.attention_head_dim
-        self.heads = nn.ModuleList(AlignmentHead(dim) for _ in self.align_blocks)
-
-    def tokens(self, batch: dict, prefix: str = "") -> dict:
-        edit, visual = batch[f"{prefix}edit_tokens"], batch[f"{prefix}visual_tokens"]
-        if self.distiller is not None:
-            edit, visual = self.distiller.connect(edit, visual)
-        keep = batch["keep_instruction"].view(-1, 1, 1)
-        return {"edit_hidden_states": edit * keep, "visual_hidden_states": visual * keep}
-
-    def forward(self, batch: dict, positions: torch.Tensor | None):
-        """Returns the velocity `(batch, channels, frames, height, width)` and the alignment loss `(batch,)` or `None`.
-
-        `batch` is what [`draw`] returns; `positions` are the tokens to align, `None` for a step without the reference
-        branch.
-        """
-        text = batch.get("prompt_embeds")
-        if self.text_encoder is not None:
-            mask = batch["attention_mask"]
-            text = self.text_encoder(batch["input_ids"], mask).last_hidden_state * mask.unsqueeze(-1)
-        level = batch["sigmas"].view(-1, 1, 1, 1, 1)
-        condition = {
-            "hidden_states": (1 - level) * batch["latents"] + level * batch["noise"],
-            "timestep": 1000 * batch["sigmas"],
-            "encoder_hidden_states": text,
-            "visual_positions": batch["visual_positions"],
-            "source_hidden_states": batch["source_latents"] * batch["keep_source"].view(-1, 1, 1, 1, 1),
-        }
-        tokens = self.tokens(batch)
-        if positions is None:
-            return self.transformer(**condition, **tokens).sample, None
-
-        # 1. The reference branch: same weights, noise and dropped conditions; its MLLM saw the edited clip
-        with torch.no_grad():
-            reference = self.transformer(
-                **condition,
-                **self.tokens(batch, "reference_"),
-                return_features=self.align_blocks,
-                stop_after_block=max(self.align_blocks),
-            ).features
-
-        # 2. The editing branch
-        output = self.transformer(**condition, **tokens, return_features=self.align_blocks)
-        losses = [
-            infonce_loss(head(feature[:, positions]), head(target[:, positions]), self.align_temperature)
-            for head, feature, target in zip(self.heads, output.features, reference, strict=True)
-        ]
-        return output.sample, torch.stack(losses).mean(0)
+def split_pairs(args: argparse.Namespace, pairs: EditPairs, fps: float, pixels: tuple[int, int]) -> list[EditPairs]:
+    """Pairs to train on and pairs to validate on, of which there may be none."""
+    if args.validation_data is not None:
+        return [pairs, load_pairs(args, args.validation_data, fps, pixels)]
+    count = min(len(pairs) // 10, 16) if args.num_validation_pairs is None else args.num_validation_pairs
+    if count >= len(pairs):
+        raise ValueError(f"--num_validation_pairs has to leave pairs to train on, but is {count} of {len(pairs)}")
+    kept, held_out = pairs.hold_out(count, args.seed)
+    print(f"{len(kept)} pairs to train on, {len(held_out)} to validate on")
+    return [kept, held_out]
 
 
-def encode_null_text(pipe: RVEDiTPipeline, args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """The empty instruction, as the cache holds instructions, in rows of full length."""
-    length = pipe.tokenizer.model_max_length
-    if args.train_text_encoder:
-        inputs = pipe.tokenizer([""], padding="max_length", max_length=length, return_tensors="pt")
-        return {"input_ids": inputs.input_ids[0], "attention_mask": inputs.attention_mask[0]}
-    with torch.no_grad():
-        embeds, _ = pipe.encode_prompt([""], do_classifier_free_guidance=False, max_sequence_length=length)
-    return {"prompt_embeds": embeds[0].cpu()}
+def num_tokens(bucket: Bucket, pixels: tuple[int, int]) -> int:
+    time, space = pixels
+    return ((bucket.num_frames - 1) // time + 1) * (bucket.height // space) * (bucket.width // space)
 
 
-def draw(batch: dict, first: int, null_text: dict, args: argparse.Namespace) -> dict:
-    """Add noise, noise levels and dropped conditions to the samples numbered from `first` of the whole run.
+def add_lora(transformer: RVEDiTTransformer3DModel, args: argparse.Namespace) -> None:
+    """Freeze the transformer and add float32 adapters."""
+    transformer.requires_grad_(False)
+    settings = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    transformer.add_adapter(LoraConfig(**settings, target_modules=args.lora_targets))
+    cast_training_params(transformer, torch.float32)
 
-    Each is a function of the seed and the sample's number, whichever process trains on it. `noise` has the shape of
-    `latents`; `sigmas`, `keep_instruction` and `keep_source` have the shape `(batch,)`, the last two hold 0 and 1.
-    """
-    numbers = range(first, first + len(batch["latents"]))
-    chance = torch.cat([torch.rand(1, generator=generator(args.seed, number, "drop")) for number in numbers])
-    drop_all = chance < args.drop_all
-    drop_instruction = drop_all | (chance > 1 - args.drop_instruction)
-    shape = batch["latents"].shape[1:]
-    drawn = {
-        "noise": torch.stack([torch.randn(shape, generator=generator(args.seed, n, "noise")) for n in numbers]),
-        "sigmas": torch.cat([sample_sigmas(1, args.sigma_shift, generator(args.seed, n, "sigma")) for n in numbers]),
-        "keep_instruction": (~drop_instruction).float(),
-        "keep_source": (~drop_all).float(),
+
+def store_frozen_weights(
+    transformer: RVEDiTTransformer3DModel, args: argparse.Namespace, device: torch.device
+) -> None:
+    """Let the weights under the adapters rest in 8 bits or in host memory, as the options say."""
+    if args.layerwise_casting:
+        transformer.enable_layerwise_casting(torch.float8_e4m3fn, transformer.dtype)
+    if args.group_offload:
+        for layer in [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]:
+            base = layer.get_base_layer()
+            apply_group_offloading(base, device, offload_type="leaf_level", non_blocking=device.type == "cuda")
+
+
+def describe_run(args: argparse.Namespace, batch_size: int, model_key: str, base: Path, pairs: EditPairs) -> dict:
+    """Everything that the weights at the end of a run depend on, as a checkpoint records it."""
+    record = ScanRecord(args.cache_dir / "files.jsonl")
+    files = [record.sha256(path) for path in sorted((base / "transformer").glob("*.safetensors"))]
+    keys = [pairs.key(index) for index in range(len(pairs))]
+    config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {
+        "buckets": [str(bucket) for bucket in args.buckets],
+        "batch size of all processes": batch_size,
+        "encoders (hash)": model_key,
+        "transformer (hash)": hashlib.sha256("".join(files).encode()).hexdigest(),
+        "pairs": len(pairs),
+        "pairs (hash)": hashlib.sha256("".join(keys).encode()).hexdigest(),
     }
-    for name, value in null_text.items():
-        rows = batch[name]
-        drawn[name] = torch.where(drop_instruction.view(-1, *[1] * value.ndim), value.to(rows), rows)
-    return batch | drawn
+    return json.loads(json.dumps(config, default=str))
 
 
-def shares_of_batches(sampler: BatchSampler, start: int, rank: int, num_processes: int) -> Iterator[list[int]]:
-    number = start
-    while True:
-        yield share(sampler[number], rank, num_processes)
-        number += 1
+def export(
+    args: argparse.Namespace, base: Path, modules: dict, is_main_process: bool
+) -> tuple[list[Path], str | None]:
+    """Write what the pipeline loads, `OUTPUT/lora` or a whole `OUTPUT/pipeline` or both; and why it failed, if so."""
+    parts = args.output / "weights.partial"
+    shutil.rmtree(parts, ignore_errors=True) if is_main_process else None
+    problem = save_weights(parts, modules, is_main_process)
+    results = []
+    if not is_main_process or problem is not None:
+        return results, problem
+    if (parts / "lora").is_dir():
+        replace_folder(parts / "lora", args.output / "lora")
+        results.append(args.output / "lora")
+    learned = [path.name for path in parts.iterdir()]
+    if learned:  # what did not learn is copied as it is
+        whole = args.output / "pipeline.partial"
+        shutil.rmtree(whole, ignore_errors=True)
+        shutil.copytree(base, whole, ignore=lambda folder, names: learned if Path(folder) == Path(base) else [])
+        for name in learned:
+            (parts / name).rename(whole / name)
+        replace_folder(whole, args.output / "pipeline")
+        results.append(args.output / "pipeline")
+    shutil.rmtree(parts)
+    return results, None
+
+
+def make_repository(args: argparse.Namespace) -> None:
+    try:
+        create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
+    except Exception as error:  # the network, the Hub and its client fail in many ways
+        raise ValueError(f"--hub_model_id {args.hub_model_id} cannot be made: {error}") from error
+
+
+def fail(message: str, status: int = 1) -> None:
+    print(f"train.py: error: {message}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    if args.plot is not None:
+        try:
+            plot_losses(args.plot / "log.jsonl", args.plot / "losses.png")
+        except (OSError, ValueError) as error:
+            fail(f"--plot {args.plot}: {error}", 2)
+        return
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # several processes on CPUs are only found when told
         mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output,
         # the alignment heads rest in steps without the reference branch
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
     torch.manual_seed(args.seed)  # of what begins at random
-    pipe = RVEDiTPipeline.from_pretrained(args.model)
+
+    def of_main_process(function, *arguments):
+        """What `function` returns on the main process, on all of them; its failure ends all."""
+        result, problem = None, None
+        if main_process:
+            try:
+                result = function(*arguments)
+            except (ImportError, OSError, ValueError) as error:
+                problem = str(error)
+        if num_processes > 1:
+            result, problem = broadcast_object_list([result, problem])
+        if problem is not None:
+            fail(problem, 2) if main_process else sys.exit(2)
+        return result
 
     # 1. Pairs, encoded once by the frozen parts
-    found = [load_pairs(args, pipe) if main_process else None]
-    pairs, problem = broadcast_object_list(found)[0] if num_processes > 1 else found[0]
-    if problem:
-        raise SystemExit(f"train.py: error: {problem}")
+    is_lora, is_live = args.training_type == "lora", args.train_distiller == "all"
+    half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
+    text_dtype = torch.float32 if args.train_text_encoder else half
+    dtypes = {"default": torch.float32, "mllm": half, "text_encoder": text_dtype}
+    try:
+        base = Path(args.model) if Path(args.model).is_dir() else Path(RVEDiTPipeline.download(args.model))
+        transformer_config = RVEDiTTransformer3DModel.load_config(base, subfolder="transformer")
+        with torch.device("meta"):  # what cannot be built is found out before anything is loaded or encoded
+            skeleton = RVEDiTTransformer3DModel.from_config(transformer_config)
+            if is_lora:
+                for parameter in skeleton.parameters():
+                    parameter.data = parameter.data.to(half)
+                add_lora(skeleton, args)
+            skeleton = EditingBranches(skeleton, align_blocks=args.align_blocks, align_loss=args.align_loss)
+        pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
+    except (OSError, ValueError) as error:
+        fail(f"--model {args.model}: {error}", 2)
+    pipe.set_progress_bar_config(disable=True)
+    patch_size = transformer_config["patch_size"]
+    pixels = (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial * patch_size[1])
+    fps = pipe.processor.default_fps
+    pairs = of_main_process(load_pairs, args, args.train_data, fps, pixels)
+    pairs, held_out = of_main_process(split_pairs, args, pairs, fps, pixels)
+    tokens = {"all": "none", "connectors": "states", "none": "tokens"}[args.train_distiller]
+    text = "ids" if args.train_text_encoder else "embeds"
+    draws = Draws(
+        args.seed, args.sigma_shift, args.drop_instruction, args.drop_all, args.align_tokens, math.prod(patch_size)
+    )
     if args.dry_run:
+        if main_process:
+            print(describe_needs(args, pipe, skeleton, pairs, draws, tokens, text))
         return
+    if args.push_to_hub:
+        of_main_process(make_repository, args)
     args.output.mkdir(parents=True, exist_ok=True)
-    pipe.to(device)
+    model_key = of_main_process(fingerprint, pipe, tokens, text)
+    global_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
+    run = of_main_process(describe_run, args, global_batch_size, model_key, base, pairs)
+    if args.resume_from_checkpoint is not None:
+        changed = differences(read_state(args.resume_from_checkpoint)["config"], run)
+        if changed and not args.allow_config_change:
+            what = "\n  ".join(changed)
+            fail(f"{args.resume_from_checkpoint} is of another run (--allow_config_change goes on):\n  {what}", 2)
+    cached = []
     with accelerator.autocast():
-        paths = fill_cache(
-            pipe,
-            pairs,
-            args.cache_dir or args.output / "cache",
-            tokens="states" if args.train_connectors else "tokens",
-            text="ids" if args.train_text_encoder else "embeds",
-            batch_size=args.encode_batch_size,
-            rank=rank,
-            num_processes=num_processes,
-        )
-    accelerator.wait_for_everyone()
-    null_text = encode_null_text(pipe, args)
-    trained = ["transformer"] + ["distiller"] * args.train_connectors + ["text_encoder"] * args.train_text_encoder
-    for name in {"vae", "mllm", "distiller", "text_encoder"}.difference(trained):
+        for part in (pairs, held_out):
+            turn = {"rank": rank, "num_processes": num_processes, "model_key": model_key, "device": device}
+            paths = fill_cache(pipe, part, args.cache_dir, tokens, text, args.encode_batch_size, **turn)
+            cached.append(CachedPairs(paths, text_length(pipe)))
+        accelerator.wait_for_everyone()
+        with accelerator.main_process_first():
+            null_text = cached_null_text(pipe, args.cache_dir, text, model_key, device)
+    trained = ["distiller"] * (args.train_distiller != "none") + ["text_encoder"] * args.train_text_encoder
+    for name in {"vae", "mllm", "distiller", "text_encoder"}.difference(trained, ["mllm"] * is_live):
         setattr(pipe, name, None)
     gc.collect()
+    torch.cuda.empty_cache()
 
     # 2. What learns
-    if device.type == "cpu":
+    if device.type == "cpu" and max(num_tokens(bucket, pixels) for bucket in args.buckets) <= 1024:
         # the backward pass of the CPU's fused attention costs twice that of plain matrix products; compiled code
         # goes by these switches, not by the attention backend
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if args.training_type == "lora":
-        pipe.transformer.requires_grad_(False)
-        pipe.transformer.add_adapter(
-            LoraConfig(
-                r=args.lora_rank,
-                lora_alpha=args.lora_alpha or args.lora_rank,
-                lora_dropout=args.lora_dropout,
-                target_modules=args.lora_targets,
-            )
-        )
-    branches = EditingBranches(pipe, args).to(device)
-    if args.train_connectors:
-        pipe.distiller.queries.requires_grad_(False)
-    branches.train()
+    pipe.transformer = RVEDiTTransformer3DModel.from_pretrained(
+        base, subfolder="transformer", torch_dtype=half if is_lora else torch.float32
+    )
+    if is_lora:
+        add_lora(pipe.transformer, args)
+        store_frozen_weights(pipe.transformer, args, device)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
+    if is_live:
+        pipe.mllm.requires_grad_(False).to(device)
+        if args.gradient_checkpointing:
+            pipe.mllm.train()
+            pipe.mllm.gradient_checkpointing_enable({"use_reentrant": False})
+    branches = EditingBranches(
+        pipe.transformer,
+        pipe.distiller,
+        pipe.text_encoder,
+        pipe.mllm,
+        args.align_blocks,
+        args.align_loss,
+        args.align_temperature,
+        args.align_reference_latents,
+    ).to(device)
+    if args.train_distiller == "connectors":
+        pipe.distiller.queries.requires_grad_(False)
+    branches.train()
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
+    modules = {name: getattr(pipe, name) for name in ("transformer", *trained)}
+
     parameters = [p for p in branches.parameters() if p.requires_grad]
-    settings = {"lr": args.learning_rate, "betas": (0.9, 0.98), "weight_decay": args.weight_decay}
-    if args.optimizer == "muon":
-        inner = [pipe.transformer.blocks, *(getattr(pipe, name) for name in trained[1:])]
-        optimizer = MuonAdamW(block_matrices(*inner), parameters, **settings)
-    else:
-        optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
-    modules = {name: getattr(pipe, name) for name in trained} | {"heads": branches.heads}
-    step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
-    if has_training_state(checkpoint):
-        state = load_training_state(checkpoint, modules, optimizer)
-        step, spent = state["step"], state["seconds"]
+    inner = [pipe.transformer.blocks, *(getattr(pipe, name) for name in trained)]
+    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    optimizer = build_optimizer(args.optimizer, parameters, block_matrices(*inner), **rates, **args.optimizer_args)
+    scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
     model, optimizer = accelerator.prepare(branches, optimizer)
+    parameters = [p for p in branches.parameters() if p.requires_grad]  # FSDP2 puts its own in their place
+    averages = [p for name, module in modules.items() for p in module.parameters() if p.requires_grad]
+    ema = EMAModel(averages, args.ema_decay) if args.ema_decay else None
+    step, spent, nonfinite, nonfinite_in_a_row = 0, 0.0, 0, 0
+    if args.resume_from_checkpoint is not None:
+        state = load_checkpoint(args.resume_from_checkpoint, modules, branches.heads, optimizer, ema, averages)
+        scheduler.load_state_dict(state["lr_scheduler"])
+        for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        step, spent, nonfinite = state["step"], state["seconds"], state["nonfinite"]
     started = time.monotonic() - spent
 
-    # 3. The loop
-    global_batch_size = args.batch_size * num_processes
+    # 3. Batches
+    collate = MLLMCollator(pipe.processor) if is_live else torch.utils.data.default_collate
+    live_pairs = (pairs, held_out) if is_live else (None, None)
+    samples = Samples(cached[0], draws, null_text, live_pairs[0])
+    fixed = [Samples(cached[1], FixedDraws(p), null_text, live_pairs[1]) for p in (None, draws)]
     sampler = BatchSampler([str(pairs.bucket(index)) for index in range(len(pairs))], global_batch_size, args.seed)
     batches = torch.utils.data.DataLoader(
-        CachedPairs(paths, pipe.tokenizer.model_max_length),
-        batch_sampler=shares_of_batches(sampler, step, rank, num_processes),
+        samples,
+        batch_sampler=numbered_batches(sampler, step, rank, num_processes, args.gradient_accumulation_steps),
         num_workers=args.num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
     )
-    patch_volume = math.prod(pipe.transformer.config.patch_size)
-    bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step", disable=not main_process)
-    log = open_log(args.output / "log.jsonl", step) if main_process else None
-    # flow and alignment losses, steps with each, and the bound's ceiling, which differs between buckets
-    sums, progress = torch.zeros(5, device=device), 0.0
-    for batch in batches:
-        # every process has to follow the clock of the first
-        progress = (time.monotonic() - started) / (60 * args.minutes) if args.minutes else step / args.steps
-        if args.minutes and num_processes > 1:
-            progress = accelerator.reduce(torch.tensor(progress if main_process else 0.0, device=device)).item()
-        if progress >= 1.0:
-            break
-        rate = args.learning_rate * warmup_cosine(step, args.warmup_steps, progress)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
 
-        batch = draw(batch, step * global_batch_size + rank * args.batch_size, null_text, args)
-        batch = {name: value.to(device) for name, value in batch.items()}
-        batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
-        positions = None
-        if args.align_weight > 0 and step % args.align_every == 0:
-            num_tokens = math.prod(batch["latents"].shape[2:]) // patch_volume
-            chosen = sample_token_positions(num_tokens, args.align_tokens, generator(args.seed, step, "positions"))
-            positions = chosen.to(device)
-        torch.manual_seed(derive_seed(args.seed, step, rank, "dropout"))
-        with accelerator.autocast():
-            velocity, align_loss = model(batch, positions)
-        weight = edit_region_weight(batch["latents"], batch["source_latents"], args.edit_weight)
-        flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight).mean()
-        loss = flow_loss
-        sums[0] += flow_loss.detach()
-        sums[2] += 1
-        if positions is not None:
-            align_loss = align_loss.mean()
-            ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
-            loss = loss + args.align_weight * ramp * align_loss
-            sums[1] += align_loss.detach()
-            sums[3] += 1
-            sums[4] += math.log(len(positions))
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+    def validate() -> dict[str, float]:
+        """Losses of held-out pairs and edits of them, or of training pairs if there are none, to the trackers."""
+        metrics = {}
+        with averaged(ema, averages):
+            if len(held_out):
+                metrics = held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size)
+                if args.align_weight > 0:
+                    metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate)
+            if args.num_validation_edits:
+                pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)
+                shown = (held_out, cached[1]) if len(held_out) else (pairs, cached[0])
+                folder = args.output / "validation" / f"step-{step:06d}"
+                log_images(
+                    edit_held_out(accelerator, model, pipe, *shown, null_text, args.num_validation_edits, folder)
+                )
+                pipe.vae = None
+        return metrics
+
+    def log_images(paths: list[Path]) -> None:
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                images = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in paths}
+                tracker.log_images(images, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({"validation": [Image.open(path) for path in paths]}, step)
+
+    def save(folder: Path) -> None:
+        """Write a checkpoint on all processes together, or end with the reason why it cannot be written."""
+        state = {
+            "step": step,
+            "epoch": step // sampler.batches_per_epoch,
+            "cursor": step % sampler.batches_per_epoch,
+            "seconds": time.monotonic() - started,
+            "nonfinite": nonfinite,
+            "config": run,
+            "lr_scheduler": scheduler.state_dict(),
+            "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "rvedit_diffusers")},
+        }
+        problem = save_checkpoint(folder, modules, branches.heads, optimizer, ema, averages, state, main_process)
+        problem = broadcast_object_list([problem])[0] if num_processes > 1 else problem
+        if problem is not None:
+            free = shutil.disk_usage(args.output).free / 2**30
+            last = next((f"{path} is intact" for path in checkpoints(args.output)[::-1]), "there is no earlier one")
+            fail(f"{folder} cannot be written, {free:.2f} GiB are free: {problem}; {last}")
+        if main_process:
+            prune_checkpoints(args.output, args.checkpoints_total_limit)
+
+    # 4. The loop
+    if main_process:
+        prune_checkpoints(args.output, None)  # what a killed process has left
+    shown = {name: str(value) for name, value in run.items()}
+    accelerator.init_trackers("rvedit", shown, {"tensorboard": {"purge_step": step}} if step else {})
+    log = open_log(args.output / "log.jsonl", step) if main_process else None
+    bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not main_process)
+    meter = LossMeter(device)
+    last = {}
+    ticks = (time.monotonic(), step)
+    for batch in batches:
+        if step >= args.max_train_steps:
+            break
+        is_aligned = step % args.align_every == 0 and step < (args.align_stop_step or math.inf)
+        if not (args.align_weight > 0 and is_aligned):
+            del batch["align_positions"]
+        batch = send_to_device(batch, device, non_blocking=True)
+        torch.manual_seed(
+            derive_seed(args.seed, step, rank, accelerator.step % accelerator.gradient_accumulation_steps, "dropout")
+        )
+        with accelerator.accumulate(model):
+            with accelerator.autocast():
+                velocity, align_loss = model(batch)
+            weight = None
+            if args.edit_weight:
+                weight = edit_region_weight(batch["latents"], batch["source_latents"], args.edit_weight)
+            flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight)
+            loss = flow_loss.mean()
+            if align_loss is not None:
+                ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
+                loss = loss + args.align_weight * ramp * align_loss.mean()
+            num_candidates = 1 if align_loss is None else batch["align_positions"].shape[1]
+            meter.add(flow_loss, batch["sigmas"], align_loss, num_candidates)
+            accelerator.backward(loss)
+            if not accelerator.sync_gradients:
+                continue
+            # The norm is that of all processes, so they agree on whether it is finite. To know it costs one wait for
+            # the device a step.
+            norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+            if math.isfinite(norm):
+                optimizer.step()
+                nonfinite_in_a_row = 0
+                if ema is not None:
+                    ema.step(averages)
+            else:
+                nonfinite, nonfinite_in_a_row = nonfinite + 1, nonfinite_in_a_row + 1
+            scheduler.step()
+            optimizer.zero_grad()
         step += 1
         bar.update()
 
-        if step % args.log_every == 0 and main_process:
-            flow, align_total, flow_count, align_count, ceiling_total = sums.tolist()
-            sums.zero_()
-            entry = {
-                "step": step,
-                "progress": progress,
-                "lr": rate,
-                "flow": flow / flow_count,
-            }
-            if align_count:
-                entry["align"] = align_total / align_count
-                ceiling = ceiling_total / align_count
-                bound = mutual_information_bound(torch.tensor(entry["align"]), math.exp(ceiling))
-                entry |= {"information_nats": bound.item(), "information_ceiling_nats": ceiling}
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            bar.set_postfix({k: f"{entry[k]:.4f}" for k in ("flow", "align", "information_nats") if k in entry})
-        if step % args.save_every == 0 and main_process:
-            state = {"step": step, "seconds": time.monotonic() - started}
-            save_training_state(checkpoint, modules, optimizer, state)
+        entry = {}
+        if nonfinite_in_a_row >= args.max_nonfinite:
+            save(args.output / f"checkpoint-{step}")
+            fail(f"{nonfinite_in_a_row} steps in a row had no finite gradient; see {args.output}/checkpoint-{step}")
+        if step % args.logging_steps == 0:
+            entry = meter.read(accelerator, args.align_loss == "infonce")
+            seconds = (time.monotonic() - ticks[0]) / (step - ticks[1])
+            ticks = (time.monotonic(), step)
+            entry |= {"gradient_norm": norm, "nonfinite": nonfinite, "lr": scheduler.get_last_lr()[0]}
+            entry |= {"epoch": step / sampler.batches_per_epoch, "seconds_per_step": seconds}
+            entry = {name: value for name, value in entry.items() if math.isfinite(value)}
+        if args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps):
+            entry |= validate()
+        if entry:
+            last |= entry
+            accelerator.log(entry, step)
+            if main_process:
+                log.write(json.dumps({"step": step} | entry) + "\n")
+                log.flush()
+                shown = ("flow", "align", "information_nats", "validation_flow", "nonfinite")
+                bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save(args.output / f"checkpoint-{step}")
 
-    # 4. The result is what the pipeline loads; the alignment heads stay behind
+    # 5. The result is what the pipeline loads; the alignment heads stay behind
+    branches.eval()
+    with averaged(ema, averages):
+        results, problem = export(args, base, modules, main_process)
     if main_process:
-        save_training_state(checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started})
-        branches.eval()
-        if args.training_type == "lora":
-            RVEDiTPipeline.save_lora_weights(args.output / "lora", pipe.transformer)
-        if args.training_type == "full" or len(trained) > 1:
-            whole = trained if args.training_type == "full" else trained[1:]
-            parts = {name: getattr(pipe, name) for name in whole}
-            RVEDiTPipeline.from_pretrained(args.model, **parts).save_pretrained(args.output / "pipeline")
         log.close()
-        if step >= args.log_every:
+        if problem is not None:
+            fail(f"the result cannot be written: {problem}; go on from {checkpoints(args.output)[-1]}")
+        if read_log(args.output / "log.jsonl"):
             plot_losses(args.output / "log.jsonl", args.output / "losses.png")
-    accelerator.wait_for_everyone()
+        strips = sorted(args.output.glob("validation/*/*.png"))
+        facts = {
+            "data": f"{len(pairs)} pairs of {args.train_data}, buckets {', '.join(map(str, args.buckets))}",
+            "steps": f"{step} of {global_batch_size} pairs",
+            "learned": ", ".join(modules) + (f", LoRA of rank {args.lora_rank}" if is_lora else ""),
+            "optimizer": f"{args.optimizer}, learning rate {args.learning_rate:g}, {args.lr_scheduler}",
+            "weights": f"moving average, {args.ema_decay}" if ema is not None else "the last",
+            "alignment": f"{args.align_loss}, weight {args.align_weight:g}, blocks {branches.align_blocks}",
+        }
+        losses = {name: last[name] for name in ("flow", "align", "validation_flow") if name in last}
+        for result in results:
+            sample = strips[-1] if strips else None
+            write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample)
+        if args.push_to_hub:
+            upload_folder(repo_id=args.hub_model_id, folder_path=results[-1])
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ def _decode(path: Path, start: int, max_frames: int | None, output: list[str]) -
     trim = f"trim=start_frame={start}" + (f":end_frame={start + max_frames}" if max_frames is not None else "")
     filters = f"{trim},{_TO_RGB},showinfo=checksum=0"
     source = ["-i", f"file:{path.resolve()}", "-map", "0:V:0"]
-    _, data, log = _run_ffmpeg([*source, "-vf", filters, "-fps_mode", "passthrough", *output])
+    code, data, log = _run_ffmpeg([*source, "-vf", filters, "-fps_mode", "passthrough", *output])
+    if code < 0 or "received signal" in log:  # Ctrl-C, or out of memory: ffmpeg ends as if the clip did
+        raise InterruptedError(f"`path`: {path} was not decoded to its end: ffmpeg was stopped")
 
     if "Input #0, tty" in log:  # ffmpeg draws text files as terminal output
         raise ValueError(f"`path`: {path} cannot be read as a clip: it is a text file")

@@ -1,10 +1,17 @@
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rvedit_diffusers.training.checkpoint import load_training_state, save_training_state
-from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices
+from rvedit_diffusers.training.checkpoint import load_checkpoint, save_checkpoint
+from rvedit_diffusers.training.optimizers import NEED_OTHERS, MuonAdamW, block_matrices, build_optimizer
+
+
+NAMES = sorted(
+    name for name, kind in vars(torch.optim).items() if isinstance(kind, type) and name not in NEED_OTHERS
+)  # all of torch.optim that need no closure, no matrices alone and no sparse gradients
 
 
 def build(seed=0):
@@ -24,6 +31,14 @@ def train(model, optimizer, steps):
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def save(folder, module, optimizer, step):
+    assert save_checkpoint(folder, {}, module, optimizer, None, [], {"step": step}) is None
+
+
+def load(folder, module, optimizer):
+    return load_checkpoint(folder, {}, module, optimizer, None, [])["step"]
 
 
 def test_every_parameter_is_in_one_part():
@@ -68,9 +83,9 @@ def test_an_empty_part_is_left_out(part, tmp_path):
     assert len(optimizer.param_groups) == 1
     for step in range(4):
         if step == 2:
-            save_training_state(tmp_path / "checkpoint", {"layer": layer}, optimizer, {"step": step})
+            save(tmp_path / "checkpoint-2", layer, optimizer, step)
             layer, optimizer = build_one_part(seed=7)
-            load_training_state(tmp_path / "checkpoint", {"layer": layer}, optimizer)
+            load(tmp_path / "checkpoint-2", layer, optimizer)
         for module, each in ((layer, optimizer), (twin, alone)):
             module(torch.ones(2, 8)).square().sum().backward()
             each.param_groups[0]["lr"] = 1e-2 / (step + 1)
@@ -103,15 +118,23 @@ def test_resumes_exactly(tmp_path):
 
     first, optimizer = build()
     train(first, optimizer, 4)
-    save_training_state(tmp_path / "checkpoint", {"model": first}, optimizer, {"step": 4})
+    save(tmp_path / "checkpoint-4", first, optimizer, 4)
     resumed, optimizer = build(seed=7)
-    assert load_training_state(tmp_path / "checkpoint", {"model": resumed}, optimizer) == {"step": 4}
+    assert load(tmp_path / "checkpoint-4", resumed, optimizer) == 4
     assert train(resumed, optimizer, 4) == expected
-    for group in optimizer.param_groups:  # the rate still reaches both parts
+
+
+def test_the_groups_of_a_resumed_one_set_the_rate_of_both_parts(tmp_path):
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    save(tmp_path / "checkpoint-1", model, optimizer, 1)
+    load(tmp_path / "checkpoint-1", model, optimizer)
+    for group in optimizer.param_groups:
         group["lr"] = 0.0
-    before = resumed[1].weight.detach().clone()
-    train(resumed, optimizer, 1)
-    torch.testing.assert_close(before, resumed[1].weight.detach(), rtol=0, atol=0)
+    before = [p.detach().clone() for p in model.parameters()]
+    train(model, optimizer, 1)
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        torch.testing.assert_close(old, parameter.detach(), rtol=0, atol=0)
 
 
 def test_learns():
@@ -127,3 +150,97 @@ def test_refuses_vectors_for_muon():
 def test_refuses_to_train_nothing():
     with pytest.raises(ValueError, match="`matrices` and `others`"):
         MuonAdamW([], [])
+
+
+def named(name, weight_decay=0.1, seed=0, **settings):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4))
+    matrices = block_matrices(model[1])
+    return model, build_optimizer(name, model.parameters(), matrices, 1e-2, weight_decay, **settings)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [("adamw", torch.optim.AdamW), ("muon", MuonAdamW), *((name, getattr(torch.optim, name)) for name in NAMES)],
+)
+def test_a_name_gives_its_class(name, kind):
+    assert type(named(name)[1]) is kind
+
+
+def test_a_name_does_what_its_class_does():
+    (model, optimizer), (twin, _) = named("adamw"), named("adamw")
+    theirs = torch.optim.AdamW(twin.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    assert train(model, optimizer, 3) == train(twin, theirs, 3)
+
+
+@pytest.mark.parametrize("settings, fused", [({}, True), ({"fused": False}, False)])
+def test_adamw_is_fused_unless_told(settings, fused):
+    assert named("adamw", **settings)[1].defaults["fused"] is fused
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("settings, betas", [({}, (0.9, 0.98)), ({"betas": (0.8, 0.95)}, (0.8, 0.95))])
+def test_betas_are_ours_unless_told(name, settings, betas):
+    groups = named(name, **settings)[1].param_groups
+    assert [tuple(group["betas"]) for group in groups if "betas" in group] == [betas]
+
+
+def test_a_class_of_torch_keeps_its_own_betas():
+    assert named("Adam")[1].defaults["betas"] == (0.9, 0.999)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "SGD", "Adafactor"])
+def test_weight_decay_reaches_every_group(name):
+    assert [group["weight_decay"] for group in named(name, weight_decay=0.3)[1].param_groups] == [0.3] * (
+        2 if name == "muon" else 1
+    )
+
+
+@pytest.mark.parametrize("name", ["adamw", "SGD"])
+def test_settings_go_before_the_weight_decay(name):
+    parameters = nn.Linear(2, 2).parameters()
+    optimizer = build_optimizer(name, parameters, [], 1e-2, 0.1, weight_decay=0.3)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", *NAMES])
+def test_each_lowers_a_loss(name):
+    parameter = nn.Parameter(torch.full((4, 4), 3.0))
+    optimizer = build_optimizer(name, [parameter], [parameter], 1e-2, 0.1)
+    losses = []
+    for _ in range(3):
+        loss = parameter.square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", *NAMES])
+def test_each_resumes_exactly(name, tmp_path):
+    whole, optimizer = named(name)
+    train(whole, optimizer, 2)
+    save(tmp_path / "checkpoint-2", whole, optimizer, 2)
+    resumed, other = named(name, seed=7)
+    load(tmp_path / "checkpoint-2", resumed, other)
+    assert train(resumed, other, 3) == train(whole, optimizer, 3)
+
+
+@pytest.mark.parametrize("name", ["Muon2", "adam", "lr_scheduler", "Adam.", *NEED_OTHERS])
+def test_an_unknown_name_is_refused(name):
+    with pytest.raises(ValueError, match=f"`--optimizer` has to be one of adamw, .*Adafactor.*'{name}'"):
+        named(name)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "SGD"])
+@pytest.mark.parametrize("setting", ["momentun", "lr", "learning_rate"])
+def test_unknown_settings_are_refused(name, setting):
+    with pytest.raises(ValueError, match=f"`--optimizer_args`: {name}.*{setting}"):
+        build_optimizer(name, nn.Linear(2, 2).parameters(), [], 1e-2, 0.1, **{setting: 0.9})
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_adamw8bit_says_what_to_install():
+    with pytest.raises(ImportError, match="`--optimizer adamw8bit`.*pip install bitsandbytes"):
+        named("adamw8bit")

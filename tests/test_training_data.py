@@ -1,10 +1,12 @@
 import csv
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,12 +15,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from rvedit_diffusers.training import data as training_data
 from rvedit_diffusers.training.data import (
     PRESETS,
     Bucket,
     Dropped,
     Pair,
     Plan,
+    ScanRecord,
     content_key,
     describe_plans,
     load_pair,
@@ -26,7 +30,7 @@ from rvedit_diffusers.training.data import (
     plan_pairs,
     read_pairs,
 )
-from rvedit_diffusers.video import read_video, write_video
+from rvedit_diffusers.video import probe_video, read_video, write_video
 
 
 def ffmpeg(*arguments):
@@ -282,6 +286,139 @@ def test_plans_do_not_depend_on_the_workers(tmp_path):
     assert plan_pairs(pairs, buckets, num_workers=1) == plan_pairs(pairs, buckets, num_workers=4)
 
 
+# The record of scanned files
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Names of the files that are decoded, one for each time."""
+    names = []
+
+    def probe(path):
+        names.append(path.name)
+        return probe_video(path)
+
+    monkeypatch.setattr(training_data, "probe_video", probe)
+    return names
+
+
+def overwrite_unseen(path):
+    """Other bytes, with the same size and time of change."""
+    stat = path.stat()
+    path.write_bytes(bytes(stat.st_size))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_recorded_files_are_not_decoded_again(tmp_path, decoded):
+    pairs = [make_pair(tmp_path, (9, Fraction(30000, 1001)), row=row) for row in range(4)]
+    record, buckets = tmp_path / "sub" / "folder" / "files.jsonl", [Bucket(5, 16, 32)]
+    plain = plan_pairs(pairs, buckets)
+    decoded.clear()
+    assert plan_pairs(pairs, buckets, record=record) == plain
+    assert len(decoded) == len(record.read_text().splitlines()) == 8
+    assert plan_pairs(pairs, buckets, record=record) == plain
+    assert len(decoded) == 8
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "milliseconds.mkv", "variable.mkv", "late.mkv", "image.png", "cut.mp4"])
+def test_a_record_gives_back_what_was_found(tmp_path, name):
+    path, clip = tmp_path / name, make_clip(tmp_path / "whole.mp4", 17, 24)
+    if name == "variable.mkv":
+        ffmpeg("-i", clip, "-vf", "select='lt(mod(n\\,4)\\,2)'", "-fps_mode", "vfr", path)
+    elif name == "late.mkv":
+        ffmpeg("-itsoffset", "0.5", "-i", clip, "-c", "copy", "-copyts", path)
+    elif name == "image.png":
+        Image.new("RGB", (32, 16)).save(path)
+    elif name == "cut.mp4":
+        ffmpeg("-i", clip, "-g", "1", "-movflags", "+faststart", path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    else:
+        make_clip(path, 17, 24)
+    info = probe_video(path)
+    assert (info.damage is not None) == (name == "cut.mp4")
+    assert ScanRecord(tmp_path / "files.jsonl").probe(path) == info
+    assert ScanRecord(tmp_path / "files.jsonl").probe(path) == info
+
+
+def test_a_changed_file_is_decoded_again(tmp_path, decoded):
+    pair, record, buckets = make_pair(tmp_path), tmp_path / "files.jsonl", parse_buckets("9x16x32,5x16x32")
+    plan_pairs([pair], buckets, record=record)
+    make_clip(pair.edited, 6)
+    decoded.clear()
+    for _ in range(2):
+        plans, _ = plan_pairs([pair], buckets, record=record)
+        assert plans[0].bucket.num_frames == 5
+    assert decoded == [pair.edited.name]
+
+
+def test_a_file_is_known_by_all_of_its_names(tmp_path, decoded, monkeypatch):
+    pair, record = make_pair(tmp_path), ScanRecord(tmp_path / "files.jsonl")
+    info = record.probe(pair.source)
+    (tmp_path / "link.mp4").symlink_to(pair.source)
+    monkeypatch.chdir(tmp_path)
+    assert record.probe(Path("link.mp4")) == record.probe(Path(pair.source.name)) == info
+    assert decoded == [pair.source.name]
+
+
+@pytest.mark.parametrize("kept", [-1, -20, 1])  # without its end, half, or next to nothing of it
+def test_a_line_that_was_cut_off_costs_one_file(tmp_path, decoded, kept):
+    pair, record, buckets = make_pair(tmp_path), tmp_path / "files.jsonl", [Bucket(9, 16, 32)]
+    plain = plan_pairs([pair], buckets, num_workers=1, record=record)
+    first, second = record.read_bytes().splitlines()
+    record.write_bytes(first + b"\n" + second[:kept])
+    decoded.clear()
+    for _ in range(2):
+        assert plan_pairs([pair], buckets, num_workers=1, record=record) == plain
+    assert decoded == [pair.edited.name]
+    assert record.read_bytes().splitlines() == [first, second[:kept], second]
+
+
+def test_a_whole_line_without_its_line_break_counts(tmp_path, decoded):
+    pair, record = make_pair(tmp_path), tmp_path / "files.jsonl"
+    ScanRecord(record).probe(pair.source)
+    record.write_bytes(record.read_bytes().rstrip())
+    for _ in range(2):
+        for path in (pair.source, pair.edited):
+            ScanRecord(record).probe(path)
+    assert decoded == [pair.source.name, pair.edited.name]
+
+
+def test_lines_of_several_threads_do_not_mix(tmp_path):
+    files = [tmp_path / f"{number}.bin" for number in range(200)]
+    for number, file in enumerate(files):
+        file.write_bytes(bytes([number]))
+    records = [ScanRecord(tmp_path / "files.jsonl") for _ in range(2)]  # as of two processes
+    with ThreadPoolExecutor(8) as executor:
+        hashes = list(executor.map(lambda number: records[number % 2].sha256(files[number]), range(200)))
+    lines = [json.loads(line) for line in (tmp_path / "files.jsonl").read_text().splitlines() if line]
+    assert sorted((line["path"], line["sha256"]) for line in lines) == sorted(zip(map(str, files), hashes))
+
+
+def test_unreadable_files_are_remembered_and_missing_ones_are_not(tmp_path, decoded):
+    good, record, buckets = make_pair(tmp_path), tmp_path / "files.jsonl", [Bucket(9, 16, 32)]
+    (tmp_path / "text.mp4").write_text("not a clip")
+    pairs = [Pair(good.source, tmp_path / name, "do it", 0) for name in ("text.mp4", "absent.mp4")]
+    plain = plan_pairs(pairs, buckets)
+    assert [item.kind for item in plain[1]] == ["unreadable file", "missing file"]
+    assert plan_pairs(pairs, buckets, num_workers=1, record=record) == plain
+    decoded.clear()
+    assert plan_pairs(pairs, buckets, num_workers=1, record=record) == plain
+    assert decoded == ["absent.mp4"]
+    make_clip(tmp_path / "absent.mp4")
+    assert len(plan_pairs(pairs, buckets, record=record)[0]) == 1
+
+
+def test_a_record_that_cannot_be_written_is_not_taken_for_a_bad_file(tmp_path):
+    pair = make_pair(tmp_path)
+    with pytest.raises(OSError):
+        plan_pairs([pair], [Bucket(9, 16, 32)], record=tmp_path)
+    record = ScanRecord(tmp_path / "files.jsonl")
+    record.path.unlink()
+    record.path.mkdir()
+    with pytest.raises(RuntimeError, match="`record`.*files.jsonl cannot be written"):
+        record.probe(pair.source)
+
+
 # Buckets for pairs
 
 
@@ -467,3 +604,17 @@ def test_the_key_follows_a_changed_file(tmp_path):
     pair.edited.write_bytes(data)
     os.utime(pair.edited, ns=(0, 0))
     assert content_key(plan) != key
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_recorded_files_are_not_read_for_the_key(tmp_path, planned):
+    pair, path = make_pair(tmp_path), tmp_path / "files.jsonl"
+    plans, _ = plan_pairs([pair], [Bucket(5, 16, 32)], record=path if planned else None)
+    key = content_key(plans[0])
+    if not planned:
+        assert content_key(plans[0], ScanRecord(path)) == key
+    overwrite_unseen(pair.source)
+    overwrite_unseen(pair.edited)
+    assert content_key(plans[0], ScanRecord(path)) == key
+    assert content_key(plans[0], pickle.loads(pickle.dumps(ScanRecord(path)))) == key
+    assert content_key(plans[0], ScanRecord()) != key

@@ -3,7 +3,9 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +20,19 @@ from .pairs import EditPairs
 
 TOKENS = ("tokens", "states", "none")
 TEXTS = ("embeds", "ids")
+MAX_TEXT_LENGTH = 512  # as the pipeline's `max_sequence_length`
+
+
+def text_length(pipe: RVEDiTPipeline) -> int:
+    """Tokens that every instruction is padded or cut to."""
+    return min(MAX_TEXT_LENGTH, pipe.tokenizer.model_max_length)
 
 
 def fingerprint(pipe: RVEDiTPipeline, tokens: str, text: str) -> str:
     """A hash of all that [`encode_pairs`] depends on besides the pairs: weights and settings of the frozen parts."""
     settings = [tokens, text, dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
     settings += [pipe.processor.to_dict(), pipe.processor.chat_template, pipe.processor.tokenizer.get_vocab()]
-    settings += [pipe.tokenizer.get_vocab(), pipe.tokenizer.model_max_length]
+    settings += [pipe.tokenizer.get_vocab(), text_length(pipe)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     modules = {"vae": pipe.vae, "mllm": pipe.mllm}
     if tokens == "tokens":
@@ -33,9 +41,10 @@ def fingerprint(pipe: RVEDiTPipeline, tokens: str, text: str) -> str:
         digest.update(hash_tensor("queries", pipe.distiller.queries))
     if text == "embeds":
         modules["text_encoder"] = pipe.text_encoder
-    for prefix, module in modules.items():
-        for name, tensor in module.state_dict(prefix=f"{prefix}.").items():
-            digest.update(hash_tensor(name, tensor))
+    tensors = [item for prefix, module in modules.items() for item in module.state_dict(prefix=f"{prefix}.").items()]
+    with ThreadPoolExecutor() as executor:  # hashing releases the interpreter's lock
+        for part in executor.map(hash_tensor, *zip(*tensors, strict=True)):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -103,16 +112,24 @@ def encode_pairs(
             sample["visual_positions"] = row
 
     # 3. Text
-    length = pipe.tokenizer.model_max_length
-    inputs = pipe.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    if text == "embeds":
-        embeds, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
-        for sample, row, count in zip(samples, embeds, inputs.attention_mask.sum(1).tolist(), strict=True):
-            sample["prompt_embeds"] = row[:count].to("cpu", torch.bfloat16)
-    else:
-        for sample, ids, mask in zip(samples, inputs.input_ids, inputs.attention_mask, strict=True):
-            sample |= {"input_ids": ids, "attention_mask": mask}
+    for sample, row in zip(samples, encode_texts(pipe, texts, text), strict=True):
+        sample |= row
     return samples
+
+
+@torch.no_grad()
+def encode_texts(pipe: RVEDiTPipeline, texts: Sequence[str], text: str = "embeds") -> list[dict[str, torch.Tensor]]:
+    """The part of [`encode_pairs`] that depends on the instructions alone."""
+    length = text_length(pipe)
+    inputs = pipe.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    if text == "ids":
+        rows = zip(inputs.input_ids, inputs.attention_mask, strict=True)
+        return [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
+    embeds, _ = pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, max_sequence_length=length)
+    counts = inputs.attention_mask.sum(1).tolist()
+    return [
+        {"prompt_embeds": row[:count].to("cpu", torch.bfloat16)} for row, count in zip(embeds, counts, strict=True)
+    ]
 
 
 def fill_cache(
@@ -124,6 +141,8 @@ def fill_cache(
     batch_size: int = 1,
     rank: int = 0,
     num_processes: int = 1,
+    model_key: str | None = None,
+    device: torch.device | None = None,
 ) -> list[Path]:
     """Encode the pairs whose files do not exist.
 
@@ -135,12 +154,18 @@ def fill_cache(
         folder (`str` or `Path`): Where the files go.
         batch_size (`int`, defaults to 1): Pairs that are encoded together.
         rank, num_processes (`int`): Processes that fill one folder together take turns.
+        model_key (`str`, *optional*): What [`fingerprint`] returns for these arguments, where it is known already.
+        device (`torch.device`, *optional*): The pipeline is moved there if there is something to encode.
 
     Returns:
         `list[Path]`: The file of each pair.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = cache_paths(folder, pairs, fingerprint(pipe, tokens, text))
+    if rank == 0:
+        for path in Path(folder).glob("*.partial*"):
+            if time.time() - path.stat().st_mtime > 3600:  # of a process that was killed
+                path.unlink(missing_ok=True)
+    paths = cache_paths(folder, pairs, model_key or fingerprint(pipe, tokens, text))
     members: dict[Bucket, list[int]] = {}
     for index in range(len(pairs)):
         members.setdefault(pairs.bucket(index), []).append(index)
@@ -151,12 +176,43 @@ def fill_cache(
         for start in range(0, len(indices), batch_size)
     ][rank::num_processes]
     missing = [batch for batch in ([i for i in batch if not paths[i].exists()] for batch in batches) if batch]
-    for indices in tqdm(missing, desc="encoding", unit="batch", disable=rank > 0):
+    if missing and device is not None:
+        pipe.to(device)
+    for indices in tqdm(missing, desc="encoding", unit="batch", disable=rank > 0 or not missing):
         for index, sample in zip(indices, encode_pairs(pipe, pairs, indices, tokens, text), strict=True):
-            temporary = paths[index].with_suffix(f".partial{os.getpid()}")
-            save_file({name: value.contiguous() for name, value in sample.items()}, temporary)
-            os.replace(temporary, paths[index])
+            _write(paths[index], sample)
     return paths
+
+
+def cached_null_text(
+    pipe: RVEDiTPipeline, folder: str | Path, text: str, model_key: str, device: torch.device | None = None
+) -> dict[str, torch.Tensor]:
+    """The empty instruction as the cache holds instructions, in rows of full length; encoded once, like the pairs.
+
+    Args:
+        pipe, folder, text, model_key, device: See [`fill_cache`].
+    """
+    path = Path(folder) / f"{hashlib.sha256(f'{model_key}no instruction'.encode()).hexdigest()}.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if device is not None:
+            pipe.text_encoder.to(device)
+        _write(path, encode_texts(pipe, [""], text)[0])
+    return _read(path, text_length(pipe))
+
+
+def _write(path: Path, sample: dict[str, torch.Tensor]) -> None:
+    temporary = path.with_suffix(f".partial{os.getpid()}")
+    save_file({name: value.contiguous() for name, value in sample.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def _read(path: Path, text_length: int) -> dict[str, torch.Tensor]:
+    sample = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    if "prompt_embeds" in sample:
+        padding = (0, 0, 0, text_length - len(sample["prompt_embeds"]))
+        sample["prompt_embeds"] = torch.nn.functional.pad(sample["prompt_embeds"], padding)
+    return sample
 
 
 class CachedPairs(torch.utils.data.Dataset):
@@ -174,8 +230,4 @@ class CachedPairs(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = {k: v.float() if v.is_floating_point() else v for k, v in load_file(self.paths[index]).items()}
-        if "prompt_embeds" in sample:
-            padding = (0, 0, 0, self.text_length - len(sample["prompt_embeds"]))
-            sample["prompt_embeds"] = torch.nn.functional.pad(sample["prompt_embeds"], padding)
-        return sample
+        return _read(self.paths[index], self.text_length)

@@ -1,17 +1,289 @@
-"""Training state on disk: safetensors and JSON only, written to a temporary name and renamed."""
+"""Checkpoints of a training: weights in the layout that the pipeline loads, and all that is needed to go on.
+
+Only safetensors and JSON. A checkpoint is written to a temporary name and renamed, so that a folder `checkpoint-N` is
+whole. Tensors that FSDP2 has sharded are gathered and distributed again: a checkpoint does not depend on how many
+processes wrote it.
+"""
 
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from diffusers.training_utils import EMAModel
+from huggingface_hub import save_torch_state_dict
+from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from ..pipeline_rvedit import RVEDiTPipeline
 
 
-def trainable(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """The parameters that learn, by name, each once."""
-    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+STATE_NAME = "trainer_state.json"
+
+
+def _has_adapter(module: nn.Module) -> bool:
+    return bool(getattr(module, "peft_config", None))
+
+
+def named_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a module that a checkpoint holds, under the names of its files: its adapter's, or all."""
+    if _has_adapter(module):
+        return {f"transformer.{name}": tensor for name, tensor in get_peft_model_state_dict(module).items()}
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def _folder_of(name: str, module: nn.Module) -> str:
+    return "lora" if _has_adapter(module) else name
+
+
+def _gather(tensor: torch.Tensor, is_main_process: bool) -> torch.Tensor | None:
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor().clone()  # else the end of a larger buffer may hang on it
+    return tensor.detach().cpu().contiguous() if is_main_process else None
+
+
+def _assign(target: torch.Tensor, value: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        value = value.to(target.device, target.dtype)
+        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+def _read(*paths: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+
+
+def _write_module(folder: Path, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    if _has_adapter(module):
+        layers = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+        metadata = module.peft_config["default"].to_dict()
+        RVEDiTPipeline.save_lora_weights(folder, layers, transformer_lora_adapter_metadata=metadata)
+    elif isinstance(module, PreTrainedModel):
+        module.save_pretrained(folder, state_dict=tensors)
+    else:
+        module.save_config(folder)
+        save_torch_state_dict(
+            tensors, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB"
+        )
+
+
+class _Writer:
+    """Writes on the main process until the first failure; the processes gather on together whatever happens."""
+
+    def __init__(self, is_main_process: bool):
+        self.is_main_process, self.problem = is_main_process, None
+
+    def __call__(self, function: Callable, *arguments) -> None:
+        if self.is_main_process and self.problem is None:
+            try:
+                function(*arguments)
+            except (OSError, SafetensorError) as error:
+                self.problem = str(error)
+
+    def modules(self, folder: Path, modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            tensors = {key: _gather(value, self.is_main_process) for key, value in named_weights(module).items()}
+            self(_write_module, folder / _folder_of(name, module), module, tensors)
+
+
+def save_weights(folder: str | Path, modules: dict[str, nn.Module], is_main_process: bool = True) -> str | None:
+    """Write modules as folders that the pipeline loads. All processes of a run have to call it.
+
+    Args:
+        folder (`str` or `Path`): Gets the folder `lora` for a transformer with an adapter, else one of each name.
+        modules (`dict[str, nn.Module]`): By name of the component: `transformer`, `distiller`, `text_encoder`.
+        is_main_process (`bool`): Whether this process writes.
+
+    Returns:
+        `str`: why it could not be written, or `None`.
+    """
+    write = _Writer(is_main_process)
+    write.modules(Path(folder), modules)
+    return write.problem
+
+
+def load_weights(folder: str | Path, modules: dict[str, nn.Module]) -> None:
+    """Read what [`save_weights`] wrote into the same modules.
+
+    Raises:
+        ValueError: `folder` holds other parameters of a module.
+    """
+    for name, module in modules.items():
+        source, targets = Path(folder) / _folder_of(name, module), named_weights(module)
+        with torch.no_grad():
+            for key, value in _read(*sorted(source.glob("*.safetensors"))):
+                if key not in targets or targets[key].shape != value.shape:
+                    raise ValueError(f"{source} holds other parameters than {name}, such as {key}")
+                _assign(targets.pop(key), value)
+        if targets:
+            raise ValueError(f"{source} lacks parameters of {name}, such as {min(targets)}")
+
+
+class averaged:
+    """A context in which the parameters have their moving averages; without an average it changes nothing.
+
+    Args:
+        ema ([`~diffusers.training_utils.EMAModel`], *optional*): Of the parameters.
+        parameters (`Iterable[nn.Parameter]`): In the order in which the average was made.
+    """
+
+    def __init__(self, ema: EMAModel | None, parameters: Iterable[nn.Parameter]):
+        self.ema, self.parameters = ema, list(parameters)
+
+    def __enter__(self) -> None:
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+
+    def __exit__(self, *_) -> None:
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+
+
+def save_checkpoint(
+    folder: str | Path,
+    modules: dict[str, nn.Module],
+    heads: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    parameters: Iterable[nn.Parameter],
+    state: dict,
+    is_main_process: bool = True,
+) -> str | None:
+    """Write a checkpoint. All processes of a run have to call it.
+
+    Args:
+        folder (`str` or `Path`): `checkpoint-N`; its parent is created.
+        modules (`dict[str, nn.Module]`): What learns, as in [`save_weights`].
+        heads (`nn.Module`): The alignment heads.
+        optimizer (`torch.optim.Optimizer`): Its state is saved by index of the parameter.
+        ema ([`~diffusers.training_utils.EMAModel`], *optional*): Goes to the folder `ema`, in the same layout.
+        parameters (`Iterable[nn.Parameter]`): Those of `ema`.
+        state (`dict`): JSON-serialisable: step, configuration, whatever is needed to go on.
+        is_main_process (`bool`): Whether this process writes.
+
+    Returns:
+        `str`: why it could not be written, or `None`. What was begun is removed then.
+    """
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".partial")
+    write = _Writer(is_main_process)
+    write(shutil.rmtree, temporary, True)
+    write(temporary.mkdir, 0o777, True)
+    write.modules(temporary, modules)
+    if ema is not None:
+        with averaged(ema, parameters):
+            write.modules(temporary / "ema", modules)
+        state = state | {"ema_steps": ema.optimization_step}
+    weights = {name: _gather(tensor, is_main_process) for name, tensor in named_weights(heads).items()}
+    write(save_file, weights, temporary / "alignment.safetensors")
+
+    moments, numbers = {}, {}
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, torch.Tensor):
+                moments[f"{index}.{name}"] = _gather(value, is_main_process)
+            elif value is not None:
+                numbers[f"{index}.{name}"] = value
+    write(save_file, moments, temporary / "optimizer.safetensors")
+    # the last file: without it, nothing is taken for a checkpoint
+    text = json.dumps(state | {"optimizer": numbers}, indent=2)
+    write(lambda: (temporary / STATE_NAME).write_text(text))
+    write(_flush, temporary)
+    write(replace_folder, temporary, folder)
+    if write.problem is not None:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return write.problem
+
+
+def _flush(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load_checkpoint(
+    folder: str | Path,
+    modules: dict[str, nn.Module],
+    heads: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    parameters: Iterable[nn.Parameter],
+) -> dict:
+    """Read back what [`save_checkpoint`] wrote, into the same modules and optimizer; returns `state`.
+
+    Raises:
+        ValueError: Other parameters learn than those that were saved, or there is no average in the checkpoint.
+    """
+    folder = Path(folder)
+    state = read_state(folder)
+    if ema is not None:
+        if "ema_steps" not in state:
+            raise ValueError(f"{folder} holds no moving average of the weights")
+        load_weights(folder / "ema", modules)
+        for shadow, parameter in zip(ema.shadow_params, parameters, strict=True):
+            shadow.copy_(parameter.detach())
+        ema.optimization_step = state["ema_steps"]
+    load_weights(folder, modules)
+    targets = named_weights(heads)
+    with torch.no_grad():
+        for name, value in _read(folder / "alignment.safetensors"):
+            _assign(targets[name], value)
+
+    entries: dict[int, dict] = {}
+    for name, value in [*_read(folder / "optimizer.safetensors"), *state["optimizer"].items()]:
+        index, key = name.split(".", 1)
+        entries.setdefault(int(index), {})[key] = value
+    learned = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in entries.items():
+        parameter = learned[index]
+        for key, value in entry.items():
+            if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                entry[key] = torch.zeros_like(parameter, dtype=value.dtype)
+                _assign(entry[key], value)
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+    return state
+
+
+def read_state(folder: str | Path) -> dict:
+    """The `state` of a checkpoint.
+
+    Raises:
+        FileNotFoundError: `folder` is not a checkpoint.
+    """
+    path = Path(folder) / STATE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no checkpoint of a training: it holds no {STATE_NAME}")
+    return json.loads(path.read_text())
+
+
+def checkpoints(output: str | Path) -> list[Path]:
+    """The folders `checkpoint-N` in `output`, the oldest first."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in Path(output).glob("checkpoint-*")}
+    whole = [path for path, number in found.items() if number.isdigit() and (path / STATE_NAME).is_file()]
+    return sorted(whole, key=lambda path: int(found[path]))
+
+
+def prune_checkpoints(output: str | Path, limit: int | None) -> None:
+    """Remove all but the last `limit` checkpoints, and what a killed process has left half-written or half-removed."""
+    for path in checkpoints(output)[: -limit if limit else 0]:
+        path.rename(path.with_name(path.name + ".old"))
+    for name in ("checkpoint-*.old", "checkpoint-*.partial"):
+        for path in Path(output).glob(name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def replace_folder(new: Path, folder: Path) -> None:
@@ -24,79 +296,31 @@ def replace_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def has_training_state(folder: str | Path) -> bool:
-    """Whether `folder` is a checkpoint; puts the one before it back if the writer died between two renames."""
-    folder = Path(folder)
-    old = folder.with_name(folder.name + ".old")
-    if old.is_dir() and not folder.exists():
-        old.rename(folder)
-    return folder.is_dir()
-
-
-def save_training_state(
-    folder: str | Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer, state: dict
-) -> None:
-    """Write weights, optimizer state and `state` to `folder`; what it held before is removed last.
-
-    Args:
-        folder (`str` or `Path`): Where the checkpoint goes; its parent is created.
-        modules (`dict[str, torch.nn.Module]`): Their parameters that learn are saved, one safetensors file each, under
-            these names.
-        optimizer (`torch.optim.Optimizer`): Its per-parameter tensors are saved by parameter index.
-        state (`dict`): JSON-serialisable: step, seed, whatever the loop needs to go on.
-    """
-    folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, module in modules.items():
-        tensors = {key: value.detach().contiguous().cpu() for key, value in trainable(module).items()}
-        save_file(tensors, temporary / f"{name}.safetensors")
-    moments = {
-        f"{index}.{key}": torch.as_tensor(value).detach().contiguous().cpu()
-        for index, entry in optimizer.state_dict()["state"].items()
-        for key, value in entry.items()
-    }
-    save_file(moments, temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=2))
-    replace_folder(temporary, folder)
+def differences(before: dict, after: dict) -> list[str]:
+    """What differs between two configurations, a line a name."""
+    names = sorted(before.keys() | after.keys())
+    return [
+        f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)
+    ]
 
 
 def open_log(path: str | Path, step: int) -> TextIO:
     """Open a log of JSON lines to go on after `step`: lines of later steps, to be trained again, are taken out."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    kept = [entry for entry in read_log(path) if entry["step"] <= step] if path.exists() else []
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.write_text("".join(f"{json.dumps(entry)}\n" for entry in kept))
     temporary.replace(path)
     return open(path, "a")
 
 
-def load_training_state(
-    folder: str | Path, modules: dict[str, torch.nn.Module], optimizer: torch.optim.Optimizer
-) -> dict:
-    """Read back what [`save_training_state`] wrote, into the same modules and optimizer; returns `state`.
-
-    Raises:
-        FileNotFoundError: `folder` is not a finished checkpoint.
-        ValueError: Other parameters of a module learn than those that were saved.
-    """
-    folder = Path(folder)
-    if not (folder / "state.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no training checkpoint (state.json is missing)")
-    for name, module in modules.items():
-        parameters, saved = trainable(module), load_file(folder / f"{name}.safetensors")
-        different = parameters.keys() ^ saved.keys()
-        if different:
-            raise ValueError(f"{folder} is of a training of other parameters of {name}, such as {min(different)}")
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                parameter.copy_(saved[key])
-    entries: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in load_file(folder / "optimizer.safetensors").items():
-        index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
-    return json.loads((folder / "state.json").read_text())
+def read_log(path: str | Path) -> list[dict]:
+    """The entries of a log of JSON lines, without the one that a killed process has cut off."""
+    entries = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            continue
+    return entries

@@ -8,12 +8,14 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cache, lru_cache, partial
+from functools import partial
+from itertools import accumulate, chain, groupby, pairwise, repeat
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from PIL import Image
@@ -297,8 +299,127 @@ def _as_path(value: str | dict | None) -> str:
     return str(path.resolve())
 
 
+class ScanRecord:
+    """
+    What files hold, remembered in memory and on disk for as long as their size and time of change stay the same.
+
+    On disk it is a file of JSON lines, each with the `path` (absolute, links followed), `size` in bytes and `mtime_ns`
+    of a file, and some of `video` (the fields of [`VideoInfo`]), `error` (why it is no clip) and `sha256`. Lines are
+    only appended, by any number of threads; those that cannot be parsed, as a killed process leaves, are passed over.
+    Pickled, it is its path, and is read from disk again.
+
+    Args:
+        path (`str` or `os.PathLike`, *optional*): the file, made with its folders if there is none. By default nothing
+            is written.
+
+    Raises:
+        OSError: the file cannot be made, read or written.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = None if path is None else Path(path)
+        self._lock = Lock()
+        self._known = defaultdict(dict)  # what the lines say, by path, size and time of change
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a+b") as file:  # writable: better found out before hours of decoding
+                file.seek(0)
+                for line in file:
+                    try:
+                        entry = json.loads(line)
+                    except ValueError:
+                        continue
+                    self._known[entry.pop("path"), entry.pop("size"), entry.pop("mtime_ns")] |= entry
+
+    def __reduce__(self):
+        return ScanRecord, (self.path,)
+
+    def probe(self, path: Path) -> VideoInfo:
+        """
+        What [`probe_video`] says of a file. One that it has to decode is hashed too, while its bytes are in memory.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file cannot be read as a clip, or has no frames.
+            RuntimeError: the record cannot be written.
+        """
+        if not (path.is_file() and os.access(path, os.R_OK)):
+            return probe_video(path)  # an error that has nothing to do with the contents is not remembered
+        key = _file_key(path)
+        known = self._known.get(key, {})
+        if "error" in known:
+            raise ValueError(known["error"])
+        if "video" in known:
+            video = known["video"]
+            return VideoInfo(**video | {"fps": Fraction(video["fps"]), "times": _unpack_times(video["times"])})
+        try:
+            info = probe_video(path)
+        except ValueError as error:
+            self._add(key, {"error": str(error)})
+            raise
+        video = vars(info) | {"fps": str(info.fps), "times": _pack_times(info.times)}
+        self._add(key, {"video": video, "sha256": _hash_file(path)})
+        return info
+
+    def sha256(self, path: Path) -> str:
+        """
+        The SHA-256 of a file in hexadecimal.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            RuntimeError: the record cannot be written.
+        """
+        key = _file_key(path)
+        if "sha256" not in self._known.get(key, {}):
+            self._add(key, {"sha256": _hash_file(path)})
+        return self._known[key]["sha256"]
+
+    def _add(self, key: tuple[str, int, int], entry: dict) -> None:
+        with self._lock:
+            self._known[key] |= entry
+            if self.path is None:
+                return
+            line = json.dumps(dict(zip(("path", "size", "mtime_ns"), key)) | entry) + "\n"
+            try:
+                with open(self.path, "a+b", buffering=0) as file:  # one write, so that processes do not mix lines
+                    file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+                    is_cut = file.read(1) not in (b"", b"\n")
+                    file.write(b"\n" * is_cut + line.encode())
+            except OSError as error:  # not to be taken for one of the file that was scanned
+                raise RuntimeError(f"`record`: {self.path} cannot be written: {error}") from error
+
+
+def _file_key(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path.resolve()), stat.st_size, stat.st_mtime_ns
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _pack_times(times: Sequence[Fraction]) -> str:
+    """The first time and the runs of equal steps: `"0 1/24x80"` is 81 frames at 24 fps."""
+    steps = groupby(later - earlier for earlier, later in pairwise(times))
+    return " ".join([str(times[0]), *(f"{step}x{len(list(run))}" for step, run in steps)])
+
+
+def _unpack_times(text: str) -> tuple[Fraction, ...]:
+    first, *runs = text.split()
+    steps = (repeat(Fraction(step), int(count)) for step, count in (run.split("x") for run in runs))
+    return tuple(accumulate(chain.from_iterable(steps), initial=Fraction(first)))
+
+
 def plan_pairs(
-    pairs: Sequence[Pair], buckets: Sequence[Bucket], fps: float | Fraction | None = None, num_workers: int = 8
+    pairs: Sequence[Pair],
+    buckets: Sequence[Bucket],
+    fps: float | Fraction | None = None,
+    num_workers: int = 8,
+    record: str | os.PathLike | None = None,
 ) -> tuple[list[Plan], list[Dropped]]:
     """
     Decode all files to their end, and decide for each pair how it is loaded, or why it cannot be.
@@ -318,6 +439,8 @@ def plan_pairs(
         fps (`float` or `Fraction`, *optional*): frames per second of all clips, above 0. Higher than a clip's own, it
             repeats frames.
         num_workers (`int`, defaults to 8): files decoded at a time.
+        record (`str` or `os.PathLike`, *optional*): file of a [`ScanRecord`]. Files that it knows are not decoded, and
+            what the others hold is written to it, each at once, so that a scan that was stopped goes on from there.
 
     Returns:
         `tuple[list[Plan], list[Dropped]]`: each in the order of `pairs`. A pair is dropped if its instruction is
@@ -326,6 +449,7 @@ def plan_pairs(
 
     Raises:
         ValueError: `buckets` is empty, or `fps` is out of range.
+        OSError, RuntimeError: `record` cannot be read or written.
     """
     if not buckets:
         raise ValueError("`buckets` must hold at least one")
@@ -333,8 +457,7 @@ def plan_pairs(
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"`fps` must be above 0, got {fps}")
         fps = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
-    probe = lru_cache(maxsize=256)(probe_video)  # rows that follow each other often share their source
-    plan_pair = partial(_plan_pair, buckets=buckets, fps=fps, probe=probe)
+    plan_pair = partial(_plan_pair, buckets=buckets, fps=fps, record=ScanRecord(record))
     with ThreadPoolExecutor(num_workers) as executor:
         scanned = list(tqdm(executor.map(plan_pair, pairs), desc="scanning", unit="pair", total=len(pairs)))
     return [item for item in scanned if isinstance(item, Plan)], [
@@ -342,16 +465,14 @@ def plan_pairs(
     ]
 
 
-def _plan_pair(
-    pair: Pair, buckets: Sequence[Bucket], fps: Fraction | None, probe: Callable[[Path], VideoInfo]
-) -> Plan | Dropped:
+def _plan_pair(pair: Pair, buckets: Sequence[Bucket], fps: Fraction | None, record: ScanRecord) -> Plan | Dropped:
     # 1. Both files are there and whole
     if not pair.instruction:
         return Dropped(pair, "empty instruction", "the instruction is empty")
     infos = []
     for name, path in (("source", pair.source), ("edited", pair.edited)):
         try:
-            info = probe(path)
+            info = record.probe(path)
         except FileNotFoundError:
             return Dropped(pair, "missing file", f"{name}: there is no file {path}")
         except (OSError, ValueError) as error:
@@ -470,28 +591,30 @@ def describe_plans(plans: Sequence[Plan], dropped: Sequence[Dropped]) -> str:
     return "\n".join(lines)
 
 
-def content_key(plan: Plan) -> str:
+_IN_MEMORY = ScanRecord()
+
+
+def content_key(plan: Plan, record: ScanRecord | None = None) -> str:
     """
     A name for what [`load_pair`] returns and for its instruction, which changes when a byte of either file does.
 
-    The files are read once in a process, as long as their size and time of change stay the same.
-
     Args:
         plan ([`Plan`]): one of those that [`plan_pairs`] returned.
+        record ([`ScanRecord`], *optional*): files that it knows are not read. By default one that all calls of this
+            process share, in memory alone.
 
     Returns:
         `str`: a SHA-256 in hexadecimal.
 
     Raises:
         FileNotFoundError: a file has gone.
+        RuntimeError: the record cannot be written.
     """
-    files = []
-    for path in (plan.pair.source, plan.pair.edited):
-        stat = path.stat()
-        files.append(_hash_file(path, stat.st_size, stat.st_mtime_ns))
+    record = record or _IN_MEMORY
     contents = [
         1,  # to be raised when load_pair makes something else of the same plan
-        *files,
+        record.sha256(plan.pair.source),
+        record.sha256(plan.pair.edited),
         plan.source_indices,
         plan.edited_indices,
         str(plan.bucket),
@@ -499,12 +622,3 @@ def content_key(plan: Plan) -> str:
         plan.pair.instruction,
     ]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-
-
-@cache
-def _hash_file(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -1,21 +1,14 @@
-"""Muon for the matrices inside blocks, AdamW for everything else, as one optimizer; the learning rate over time."""
+"""Optimizers by name; Muon for the matrices inside blocks and AdamW for everything else, as one optimizer."""
 
-import math
+import inspect
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 
-def warmup_cosine(step: int, warmup_steps: int, progress: float) -> float:
-    """Factor of the learning rate: a linear rise over `warmup_steps`, times a cosine from 1 to 0.02.
-
-    Args:
-        step (`int`): From 0.
-        warmup_steps (`int`): At least 0.
-        progress (`float`): Share of the training that is done, in [0, 1]: of its steps, or of its time.
-    """
-    return min(1.0, (step + 1) / max(warmup_steps, 1)) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
+OWN_OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+NEED_OTHERS = ("LBFGS", "Muon", "SparseAdam", "Optimizer")  # a closure, matrices alone, sparse gradients, a subclass
 
 
 def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:
@@ -82,3 +75,53 @@ class MuonAdamW(torch.optim.Optimizer):
         for part in self.parts:
             part.step()
         return loss
+
+
+def build_optimizer(
+    name: str,
+    parameters: Iterable[nn.Parameter],
+    matrices: Iterable[nn.Parameter],
+    learning_rate: float,
+    weight_decay: float,
+    **settings,
+) -> torch.optim.Optimizer:
+    """Make an optimizer by name.
+
+    Args:
+        name (`str`): `"adamw"` (fused), `"adamw8bit"` (of bitsandbytes), `"muon"` ([`MuonAdamW`]), or the name of a
+            class in `torch.optim`, such as `"Adafactor"`.
+        parameters (`Iterable[nn.Parameter]`): All that learn.
+        matrices (`Iterable[nn.Parameter]`): Those of them that `"muon"` is for.
+        learning_rate, weight_decay (`float`): The latter for classes that have it.
+        **settings: Further arguments of the class. `betas` of the first three are (0.9, 0.98) if not given.
+
+    Raises:
+        ValueError: There is no such optimizer, or it does not take these settings.
+        ImportError: `"adamw8bit"` without bitsandbytes.
+    """
+    if name in OWN_OPTIMIZERS:
+        settings = {"betas": (0.9, 0.98), "weight_decay": weight_decay} | settings
+    if name == "muon":
+        kind, arguments = MuonAdamW, (matrices, parameters)
+    elif name == "adamw":
+        kind, arguments, settings = torch.optim.AdamW, (parameters,), {"fused": True} | settings
+    elif name == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as error:
+            raise ImportError("`--optimizer adamw8bit` needs bitsandbytes: pip install bitsandbytes") from error
+        arguments = (parameters,)
+    else:
+        kind, arguments = getattr(torch.optim, name, None), (parameters,)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or name in NEED_OTHERS:
+            others = sorted(n for n, k in vars(torch.optim).items() if isinstance(k, type) and n not in NEED_OTHERS)
+            raise ValueError(
+                f"`--optimizer` has to be one of {', '.join(OWN_OPTIMIZERS)} or of torch.optim's {', '.join(others)},"
+                f" but is {name!r}"
+            )
+        if "weight_decay" in inspect.signature(kind).parameters:
+            settings = {"weight_decay": weight_decay} | settings
+    try:
+        return kind(*arguments, lr=learning_rate, **settings)
+    except TypeError as error:
+        raise ValueError(f"`--optimizer_args`: {name} does not take {settings}: {error}") from error

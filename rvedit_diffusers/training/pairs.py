@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from ..synthetic import SyntheticEdits
-from .data import Bucket, Plan, content_key, load_pair
+from .data import Bucket, Plan, ScanRecord, content_key, load_pair
+from .sampler import generator
 
 
 class EditPairs(Protocol):
@@ -30,16 +33,20 @@ class EditPairs(Protocol):
     def key(self, index: int) -> str:
         """A hash of all that the methods above return."""
 
+    def hold_out(self, count: int, seed: int) -> tuple["EditPairs", "EditPairs"]:
+        """Pairs to train on, and `count` others to validate on."""
+
 
 class FilePairs:
     """Pairs of files that [`plan_pairs`] has checked, an [`EditPairs`].
 
     Args:
         plans (`Sequence[Plan]`): How each pair is loaded.
+        record (`str` or `os.PathLike`, *optional*): File of a [`ScanRecord`], for the hashes of the files.
     """
 
-    def __init__(self, plans: Sequence[Plan]):
-        self.plans = list(plans)
+    def __init__(self, plans: Sequence[Plan], record: str | os.PathLike | None = None):
+        self.plans, self.record = list(plans), ScanRecord(record)
 
     def __len__(self) -> int:
         return len(self.plans)
@@ -57,7 +64,12 @@ class FilePairs:
         return float(self.plans[index].fps)
 
     def key(self, index: int) -> str:
-        return content_key(self.plans[index])
+        return content_key(self.plans[index], self.record)
+
+    def hold_out(self, count: int, seed: int) -> tuple["FilePairs", "FilePairs"]:
+        order = torch.randperm(len(self), generator=generator(seed, "held out")).tolist()
+        parts = sorted(order[count:]), sorted(order[:count])
+        return tuple(FilePairs([self.plans[index] for index in part], self.record.path) for part in parts)
 
 
 class SyntheticPairs:
@@ -90,3 +102,7 @@ class SyntheticPairs:
 
     def key(self, index: int) -> str:
         return hashlib.sha256(json.dumps([vars(self.edits), index, self.rate]).encode()).hexdigest()
+
+    def hold_out(self, count: int, seed: int) -> tuple["SyntheticPairs", "SyntheticPairs"]:
+        unseen = SyntheticEdits(1_000_000 + seed, operations=self.edits.operations, **self.edits.scene_arguments)
+        return self, SyntheticPairs(unseen, count, self.rate)

@@ -1,0 +1,42 @@
+"""Command line options that may also stand in a file."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The options in the file that `--config` names, as a command line, and `argv` after them, which so goes first.
+
+    Args:
+        parser (`argparse.ArgumentParser`): Knows `--config`; ends the program with a message if the file is wrong.
+        argv (`Sequence[str]`): The command line.
+
+    Returns:
+        `list[str]`: `argv` itself without `--config`. In the file, one JSON object, `true` gives a flag, `false` and
+        `null` give nothing, a list gives several values, and an object gives its JSON.
+    """
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", type=Path)
+    path = first.parse_known_args(argv)[0].config
+    if path is None:
+        return list(argv)
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        parser.error(f"--config {path} cannot be read: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"--config {path} has to hold one JSON object")
+    unknown = set(values) - {action.dest for action in parser._actions}
+    if unknown:
+        parser.error(f"--config {path} sets unknown options: {', '.join(sorted(unknown))}")
+    options = []
+    for name, value in values.items():
+        if value is True:
+            options.append(f"--{name}")
+        elif isinstance(value, dict):
+            options += [f"--{name}", json.dumps(value)]
+        elif value is not False and value is not None:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [*options, *argv]

@@ -1,0 +1,382 @@
+import copy
+
+import pytest
+import torch
+from components import DIM, TEXT_DIM, build_transformer, make_clip
+
+from rvedit_diffusers.losses import cosine_alignment_loss, infonce_loss, relational_alignment_loss
+from rvedit_diffusers.training import branches as branches_module
+from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, EditingBranches, default_align_blocks
+
+
+SHAPE = (16, 2, 4, 4)  # of the latents of a clip: 8 tokens
+POSITIONS = [[0, 2, 3, 5, 7], [1, 2, 4, 5, 6]]
+TOKENS = ("edit_tokens", "visual_tokens")
+REFERENCE_TOKENS = ("reference_edit_tokens", "reference_visual_tokens")
+
+
+def build_branches(seed=0, num_layers=4, num_shallow_blocks=2, **settings):
+    torch.manual_seed(seed)
+    transformer = build_transformer(num_layers=num_layers, num_shallow_blocks=num_shallow_blocks)
+    return EditingBranches(transformer, **settings).train()
+
+
+def build_batch(keep=(1.0, 1.0), width=DIM):
+    """Two samples; `keep` says of each whether it has its instruction and its source."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = dict.fromkeys(("latents", "source_latents", "noise"), SHAPE) | {"prompt_embeds": (6, TEXT_DIM)}
+    shapes |= dict.fromkeys(("edit_tokens", "reference_edit_tokens"), (4, width))
+    shapes |= dict.fromkeys(("visual_tokens", "reference_visual_tokens"), (8, width))
+    batch = {name: torch.randn(2, *shape, generator=generator) for name, shape in shapes.items()}
+    return batch | {
+        "visual_positions": torch.rand(2, 8, 3, generator=generator),
+        "sigmas": torch.tensor([0.3, 0.8]),
+        "keep_instruction": torch.tensor(keep),
+        "keep_source": torch.tensor(keep),
+        "align_positions": torch.tensor(POSITIONS),
+    }
+
+
+def by_hand(branches, batch, prefix="", source="source_latents"):
+    """A pass of the whole transformer on what a branch gets, with the aligned features at the aligned positions."""
+    sigmas, keep = (batch[name].view(-1, 1, 1, 1, 1) for name in ("sigmas", "keep_source"))
+    keep_instruction = batch["keep_instruction"].view(-1, 1, 1)
+    output = branches.transformer(
+        (1 - sigmas) * batch["latents"] + sigmas * batch["noise"],
+        1000 * batch["sigmas"],
+        batch["prompt_embeds"],
+        edit_hidden_states=batch[f"{prefix}edit_tokens"] * keep_instruction,
+        visual_hidden_states=batch[f"{prefix}visual_tokens"] * keep_instruction,
+        visual_positions=batch["visual_positions"],
+        source_hidden_states=batch[source] * keep,
+        return_features=branches.align_blocks,
+    )
+    features = [torch.stack([row[at] for row, at in zip(rows, POSITIONS)]) for rows in output.features]
+    return output.sample, features
+
+
+def head_inputs(branches, batch):
+    """What each alignment head is called on."""
+    calls = []
+    handles = [
+        head.register_forward_pre_hook(lambda head, args, calls=calls, index=index: calls.append((index, args[0])))
+        for index, head in enumerate(branches.heads)
+    ]
+    branches(batch)
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+def backward(branches, batch):
+    """Gradients of both losses together by the parameter's name."""
+    velocity, align = branches(batch)
+    (velocity.square().mean() + align.mean()).backward()
+    return {name: p.grad for name, p in branches.named_parameters() if p.grad is not None}
+
+
+def count_blocks(branches, batch):
+    """How often each block runs."""
+    counts = [0] * len(branches.transformer.blocks)
+
+    def count(index):
+        def hook(*_):
+            counts[index] += 1
+
+        return hook
+
+    handles = [block.register_forward_hook(count(index)) for index, block in enumerate(branches.transformer.blocks)]
+    branches(batch)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+# The editing branch
+
+
+@pytest.mark.parametrize("keep", [(1.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("is_aligned", [True, False])
+def test_the_velocity_is_that_of_the_transformer_on_the_conditions_that_are_kept(keep, is_aligned):
+    branches, batch = build_branches(), build_batch(keep)
+    expected, _ = by_hand(branches, batch)
+    if not is_aligned:
+        del batch["align_positions"]
+    torch.testing.assert_close(branches(batch)[0], expected)
+
+
+def test_the_instruction_and_the_source_are_dropped_apart():
+    branches, batch = build_branches(), build_batch()
+    batch["keep_instruction"] = torch.tensor([0.0, 1.0])
+    expected, _ = by_hand(branches, batch)
+    torch.testing.assert_close(branches(batch)[0], expected)
+
+
+# The reference branch
+
+
+@pytest.mark.parametrize("keep", [(1.0, 1.0), (1.0, 0.0)])
+def test_reference_features_are_those_of_a_whole_pass(keep):
+    branches, batch = build_branches(), build_batch(keep)
+    _, expected = by_hand(branches, batch, "reference_")
+    targets = [value for _, value in head_inputs(branches, batch)[1::2]]
+    torch.testing.assert_close(targets, expected)
+
+
+def test_features_of_both_branches_go_to_the_head_of_their_block():
+    branches, batch = build_branches(align_blocks=[0, 1, 3]), build_batch()
+    _, features = by_hand(branches, batch)
+    _, targets = by_hand(branches, batch, "reference_")
+    expected = [(index, rows[index]) for index in range(3) for rows in (features, targets)]
+    torch.testing.assert_close(head_inputs(branches, batch), expected)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_reaches_the_reference_tokens(checkpointing):
+    branches, batch = build_branches(), build_batch()
+    if checkpointing:
+        branches.transformer.enable_gradient_checkpointing()
+    for name in REFERENCE_TOKENS:
+        batch[name].requires_grad_()
+    branches(batch)[1].sum().backward()
+    assert all(batch[name].grad is None for name in REFERENCE_TOKENS)
+
+
+@pytest.mark.parametrize("align_loss", ALIGNMENT_LOSSES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_alignment_teaches_the_editing_branch(checkpointing, align_loss):
+    branches, batch = build_branches(align_loss=align_loss), build_batch()
+    if checkpointing:
+        branches.transformer.enable_gradient_checkpointing()
+    for name in TOKENS:
+        batch[name].requires_grad_()
+    branches(batch)[1].sum().backward()
+    assert all(batch[name].grad.any() for name in TOKENS)
+
+
+def test_the_reference_branch_teaches_no_weight():
+    branches, batch = build_branches(align_loss="cosine"), build_batch()
+    _, features = by_hand(branches, batch)
+    with torch.no_grad():
+        _, targets = by_hand(branches, batch, "reference_")
+    losses = [cosine_alignment_loss(head(f), t) for head, f, t in zip(branches.heads, features, targets)]
+    parameters = list(branches.parameters())
+    expected = torch.autograd.grad(sum(losses).mean() / 2, parameters, allow_unused=True)
+    actual = torch.autograd.grad(branches(batch)[1].mean(), parameters, allow_unused=True)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_gradients_with_checkpointing_are_those_without():
+    branches, batch = build_branches(), build_batch()
+    plain = backward(branches, batch)
+    checkpointed = copy.deepcopy(branches)
+    checkpointed.zero_grad()
+    checkpointed.transformer.enable_gradient_checkpointing()
+    torch.testing.assert_close(backward(checkpointed, batch), plain)
+
+
+def test_gradients_under_autocast_do_not_depend_on_the_reference_pass_that_came_first():
+    # autocast keeps the weights that it has cast: those of a pass without gradient must not serve one with it
+    branches, batch = build_branches(), build_batch()
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        expected = backward(copy.deepcopy(branches), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = backward(branches, batch)
+    torch.testing.assert_close(actual, expected, rtol=0.02, atol=2e-4)  # bfloat16 sums of a head's two uses
+
+
+# The blocks that run
+
+
+def test_the_reference_branch_stops_after_the_last_aligned_block():
+    assert count_blocks(build_branches(align_blocks=[1, 0]), build_batch()) == [2, 2, 1, 1]
+
+
+def test_without_positions_the_reference_branch_does_not_run():
+    batch = build_batch()
+    del batch["align_positions"]
+    assert count_blocks(build_branches(), batch) == [1, 1, 1, 1]
+
+
+def test_without_positions_there_is_no_alignment_loss():
+    batch = build_batch()
+    for name in ("align_positions", *REFERENCE_TOKENS):
+        del batch[name]
+    assert build_branches()(batch)[1] is None
+
+
+@pytest.mark.parametrize(
+    "num_layers, num_shallow_blocks, blocks",
+    [(6, None, [1, 2]), (2, None, [0]), (6, 0, [0]), (6, 1, [0, 1]), (6, 4, [3, 4]), (6, 6, [5]), (1, 1, [0])],
+)
+def test_the_last_shallow_and_the_first_deep_block_are_aligned(num_layers, num_shallow_blocks, blocks):
+    transformer = build_transformer(num_layers=num_layers, num_shallow_blocks=num_shallow_blocks)
+    assert default_align_blocks(transformer.config) == blocks
+
+
+# The alignment loss
+
+
+LOSSES = {
+    "infonce": lambda head, features, targets: infonce_loss(head(features), head(targets), 0.2),
+    "cosine": lambda head, features, targets: cosine_alignment_loss(head(features), targets),
+    "relational": lambda head, features, targets: relational_alignment_loss(head(features), targets),
+}
+
+
+@pytest.mark.parametrize("align_loss", ALIGNMENT_LOSSES)
+def test_the_loss_is_the_mean_over_the_blocks(align_loss):
+    branches, batch = build_branches(align_loss=align_loss, align_temperature=0.2), build_batch((1.0, 0.0))
+    _, features = by_hand(branches, batch)
+    _, targets = by_hand(branches, batch, "reference_")
+    losses = [LOSSES[align_loss](*arguments) for arguments in zip(branches.heads, features, targets, strict=True)]
+    torch.testing.assert_close(branches(batch)[1], sum(losses) / 2)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 4])
+def test_infonce_in_chunks_is_infonce(monkeypatch, rows_at_once):
+    branches, batch = build_branches(), build_batch()
+    dense = branches(batch)[1]
+    monkeypatch.setattr(branches_module, "ROWS_AT_ONCE", rows_at_once)
+    torch.testing.assert_close(branches(batch)[1], dense)
+
+
+def test_gradients_of_infonce_in_chunks_are_those_of_infonce(monkeypatch):
+    branches, batch = build_branches(), build_batch()
+    dense = backward(copy.deepcopy(branches), batch)
+    monkeypatch.setattr(branches_module, "ROWS_AT_ONCE", 2)
+    torch.testing.assert_close(backward(branches, batch), dense)
+
+
+@pytest.mark.parametrize("align_loss", ["cosine", "relational"])
+def test_without_negatives_the_heads_see_the_editing_branch_alone(align_loss):
+    branches, batch = build_branches(align_loss=align_loss), build_batch()
+    _, features = by_hand(branches, batch)
+    torch.testing.assert_close(head_inputs(branches, batch), list(enumerate(features)))
+
+
+@pytest.mark.parametrize("align_reference_latents, source", [("source", "source_latents"), ("reference", "latents")])
+def test_the_reference_branch_has_the_latents_that_it_is_told(align_reference_latents, source):
+    branches = build_branches(align_reference_latents=align_reference_latents)
+    batch = build_batch((1.0, 0.0))
+    _, expected = by_hand(branches, batch, "reference_", source)
+    targets = [value for _, value in head_inputs(branches, batch)[1::2]]
+    torch.testing.assert_close(targets, expected)
+
+
+def test_the_latents_of_the_reference_branch_matter_to_the_loss():
+    batch = build_batch()
+    losses = [build_branches(align_reference_latents=kind)(batch)[1] for kind in ("source", "reference")]
+    assert (losses[0] - losses[1]).abs().min() > 1e-3
+
+
+def test_branches_that_see_the_same_have_nothing_to_align():
+    branches, batch = build_branches(align_loss="relational"), build_batch()
+    branches.heads = torch.nn.ModuleList(torch.nn.Identity() for _ in branches.heads)
+    for name in TOKENS:
+        batch[f"reference_{name}"] = batch[name]
+    assert branches(batch)[1].tolist() == [0.0, 0.0]
+
+
+# What else learns
+
+
+def test_connectors_learn_from_the_states_of_the_mllm(pipe):
+    branches, batch = build_branches(distiller=pipe.distiller), build_batch(width=32)
+    gradients = backward(branches, batch)
+    connectors = {name for name, _ in branches.named_parameters() if "_connector." in name}
+    assert len(connectors) == 12 and all(gradients[name].any() for name in connectors)
+
+
+def test_connectors_make_the_tokens_that_would_be_cached(pipe):
+    branches, batch = build_branches(distiller=pipe.distiller), build_batch((1.0, 0.0), width=32)
+    velocity, align = branches(batch)
+    for prefix in ("", "reference_"):
+        names = [f"{prefix}{name}" for name in TOKENS]
+        batch |= dict(zip(names, pipe.distiller.connect(*(batch[name] for name in names))))
+    branches.distiller = None
+    torch.testing.assert_close((velocity, align), branches(batch))
+
+
+def test_the_text_encoder_reads_as_in_the_pipeline(pipe):
+    branches, batch = build_branches(text_encoder=pipe.text_encoder).eval(), build_batch()
+    prompts = ["make the ball blue", ""]
+    batch["prompt_embeds"], _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False)
+    expected, _ = by_hand(branches, batch)
+    del batch["prompt_embeds"]
+    inputs = pipe.tokenizer(prompts, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    torch.testing.assert_close(branches(batch | inputs)[0], expected)
+
+
+def test_the_text_encoder_learns(pipe):
+    branches, batch = build_branches(text_encoder=pipe.text_encoder), build_batch()
+    inputs = pipe.tokenizer(["red", "blue"], padding="max_length", max_length=16, return_tensors="pt")
+    gradients = backward(branches, batch | inputs)
+    assert all(gradients[f"text_encoder.{name}"].any() for name, _ in pipe.text_encoder.named_parameters())
+
+
+@pytest.fixture
+def live(pipe):
+    """Branches with an MLLM, and a batch with its inputs."""
+    pipe.mllm.requires_grad_(False)
+    branches, batch = build_branches(distiller=pipe.distiller, mllm=pipe.mllm), build_batch((1.0, 0.0), width=32)
+    for prefix, seed in (("", 1), ("reference_", 2)):
+        inputs = pipe.processor([make_clip(seed=seed), make_clip(seed=seed + 2)], ["make it red", "remove the ball"])
+        batch[f"{prefix}mllm_inputs"] = dict(inputs)
+    for name in (*TOKENS, *REFERENCE_TOKENS, "visual_positions"):
+        del batch[name]
+    return pipe, branches, batch
+
+
+def test_what_runs_with_the_mllm_is_what_runs_with_its_cached_states(live):
+    pipe, branches, batch = live
+    outputs = branches(batch)
+    for prefix in ("", "reference_"):
+        states = pipe.distiller.harvest(pipe.mllm, batch.pop(f"{prefix}mllm_inputs"))
+        batch |= {f"{prefix}edit_tokens": states[0], f"{prefix}visual_tokens": states[1]}
+        batch["visual_positions"] = states[2]
+    torch.testing.assert_close(outputs, branches(batch))
+
+
+def test_queries_learn_through_the_mllm(live):
+    _, branches, batch = live
+    assert backward(branches, batch)["distiller.queries"].any()
+
+
+def test_gradients_with_a_checkpointed_mllm_are_those_without(live):
+    pipe, branches, batch = live
+    plain = backward(branches, batch)
+    branches.zero_grad()
+    pipe.mllm.train()
+    pipe.mllm.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(backward(branches, batch), plain)
+
+
+def test_no_gradient_reaches_the_mllm(live):
+    pipe, branches, batch = live
+    backward(branches, batch)
+    assert all(parameter.grad is None for parameter in pipe.mllm.parameters())
+
+
+def test_the_mllm_is_neither_trained_nor_saved(live):
+    pipe, branches, _ = live
+    own = {id(tensor) for tensor in (*branches.parameters(), *branches.buffers())}
+    assert not own & {id(tensor) for tensor in (*pipe.mllm.parameters(), *pipe.mllm.buffers())}
+    assert not any("mllm" in name for name in branches.state_dict())
+
+
+# Wrong arguments
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"align_blocks": [0, 4]}, r"`align_blocks` .*\[0, 3\].*\[0, 4\]"),
+        ({"align_blocks": [-1]}, r"`align_blocks` .*\[0, 3\].*\[-1\]"),
+        ({"align_loss": "mse"}, "`align_loss` .*infonce.*'mse'"),
+        ({"align_reference_latents": "edited"}, "`align_reference_latents` .*'source'.*'edited'"),
+    ],
+)
+def test_wrong_arguments_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build_branches(**settings)
