@@ -5,7 +5,7 @@ SEED ?= 0
 PROCESSES ?= $(shell nvidia-smi --list-gpus 2> /dev/null | grep -c GPU | grep -v '^0$$' || echo 2)
 RUN := .venv/bin/python
 
-.PHONY: demo test score tiny lint clean .venv
+.PHONY: demo test test-slow score tiny lint clean .venv
 
 .venv: .venv/installed
 
@@ -21,6 +21,10 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
+# What takes minutes, such as twenty trainings that are killed at random moments.
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
+
 score: .venv/installed
 	$(RUN) examples/evaluate.py --seed $(SEED)
 
@@ -33,7 +37,7 @@ tiny: .venv/installed
 	$(TRAIN) examples/tiny/train_mllm.py --output runs/mllm
 	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
 	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
-		--model runs/init --output runs/editor --config examples/tiny/editor.json
+		--model runs/init --output runs/editor --config examples/tiny/editor.json --resume_from_checkpoint latest
 	$(RUN) examples/evaluate.py --model runs/editor/pipeline --seed $(SEED) --output runs/scores
 	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json \
 		--seed $(SEED)

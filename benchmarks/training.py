@@ -6,11 +6,13 @@
 Three kinds of step take turns in one process, on the same random weights and random data:
 
 - plain: flow matching alone;
-- align: with the reference branch of `EditingBranches`, which runs without gradient and stops at the last aligned block;
-- naive: the reference branch is a second whole branch, through all blocks and with its own flow matching loss, and the
+- align: with the reference branch of `EditingBranches`, which has no gradient and stops after the last aligned block;
+- naive: the reference branch is a second whole branch, with all blocks and a flow matching loss of its own, and the
   gradient flows through both.
 
-`--device meta` counts memory and FLOPs without running a step, for models of any size.
+Encoders and distiller do not run: their tokens come from the cache. FLOPs are those of matrix products, attention and
+convolutions, counted on tensors without data. Memory is the peak of a step with all weights and optimizer states:
+measured on CUDA, else what `training.memory` estimates for an accelerator. `--device meta` runs no step.
 """
 
 import argparse
@@ -64,7 +66,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(4, 64, 512, 6, 16, (4, 16, 16), text_dim=64, num_text=16, num_edit=8, num_visual=16),
+    "tiny": Preset(4, 64, 512, 3, 16, (4, 16, 16), text_dim=64, num_text=16, num_edit=8, num_visual=16),
     # as deep as Wan 1.3B, so that the reference branch runs through the same share of the blocks
     "small": Preset(5, 64, 1920, 30, 16, (9, 32, 32), text_dim=512, num_text=64, num_edit=32, num_visual=128),
     "wan-1.3b": Preset(12, 128, 8960, 30),
@@ -99,7 +101,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, default="small", help="size of transformer and clips")
     parser.add_argument("--training_type", choices=("lora", "full"), default="lora")
     parser.add_argument("--gradient_checkpointing", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks before the steps are timed")
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--align_blocks", type=int, nargs="+", help="default: the last shallow and the first deep one")
     parser.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared in a clip")
@@ -114,8 +116,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     last_block = PRESETS[args.preset].num_layers - 1
     if args.align_blocks is not None and not all(0 <= block <= last_block for block in args.align_blocks):
         parser.error(f"--align_blocks has to name blocks in [0, {last_block}], but is {args.align_blocks}")
-    if args.output is not None and args.output.is_dir():
-        parser.error(f"--output has to be a file, but {args.output} is a folder")
+    if args.output is not None:
+        if args.output.is_dir():
+            parser.error(f"--output has to be a file, but {args.output} is a folder")
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output: {error}")
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
         if args.preset.startswith("wan") and args.device == "cpu":
@@ -194,21 +201,23 @@ def step_loss(branches: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return loss if align_loss is None else loss + ALIGN_WEIGHT * align_loss.mean()
 
 
-def count_steps(args: argparse.Namespace) -> tuple[dict[str, int], dict[str, int]]:
-    """FLOPs and bytes of memory of each kind of step, on tensors that have no data."""
-    flops, memory = {}, {}
-    branches, samples = build_branches(args, torch.device("meta")), make_samples(args)
-    for name in STEPS:
-        memory[name] = estimate_memory(branches[name], samples[name], args.batch_size)["total"]
-    cpu = torch.device("cpu")
+def count_flops(args: argparse.Namespace) -> dict[str, int]:
+    """FLOPs of each kind of step."""
+    branches, samples, cpu = build_branches(args, torch.device("meta")), make_samples(args), torch.device("cpu")
+    flops = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
-        branches["naive"].to_empty(device=cpu)
+        branches["naive"].to_empty(device=cpu)  # on the meta device attention would not be the fused one
         for name in STEPS:
-            counter = FlopCounterMode(display=False)
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION), counter:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION), FlopCounterMode(display=False) as counter:
                 step_loss(branches[name], make_batch(samples[name], args.batch_size, cpu)).backward()
             flops[name] = counter.get_total_flops()
-    return flops, memory
+    return flops
+
+
+def count_memory(args: argparse.Namespace) -> dict[str, int]:
+    """Bytes that each kind of step takes of an accelerator's memory."""
+    branches, samples = build_branches(args, torch.device("meta")), make_samples(args)
+    return {name: estimate_memory(branches[name], samples[name], args.batch_size)["total"] for name in STEPS}
 
 
 def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -239,12 +248,8 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
     return seconds, memory
 
 
-def over_plain(values: dict[str, float]) -> dict[str, float]:
-    return {name: values[name] / values["plain"] for name in STEPS}
-
-
-def spread(values: list[float]) -> str:
-    return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
+def spread(values: list[float], spec: str) -> str:
+    return f"{statistics.median(values):{spec}} ({min(values):{spec}}-{max(values):{spec}})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,33 +257,36 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
 
     # 1. Count and time
-    flops, memory = count_steps(args)
-    seconds = {}
-    if args.device.type != "meta":
-        seconds, measured = time_steps(args)
-        memory |= measured
+    flops = count_flops(args)
+    seconds, memory = ({}, {}) if args.device.type == "meta" else time_steps(args)
+    memory = memory or count_memory(args)
 
-    # 2. Ratios: of times, the median over the turns, since a machine's speed may drift
-    ratios = {"time": {}, "memory": over_plain(memory), "flops": over_plain(flops)}
+    # 2. Ratios; of times within each turn, since a machine's speed may drift from turn to turn
     turns = {name: [t / p for t, p in zip(times, seconds["plain"])] for name, times in seconds.items()}
-    ratios["time"] = {name: statistics.median(values) for name, values in turns.items()}
-    flat = {}
-    for quantity, infix in (("time", ""), ("memory", "memory_"), ("flops", "flops_")):
-        flat |= {f"train_{n}_{infix}vs_plain": r for n, r in ratios[quantity].items() if n != "plain"}
+    ratios = {
+        "": {name: statistics.median(values) for name, values in turns.items()},
+        "memory_": {name: memory[name] / memory["plain"] for name in STEPS},
+        "flops_": {name: flops[name] / flops["plain"] for name in STEPS},
+    }
 
     # 3. Table
     print("| step | seconds (min-max) | / plain (min-max) | GiB | / plain | TFLOPs | / plain |")
     print("|---|---|---|---|---|---|---|")
     for name in STEPS:
-        timed = f"{spread(seconds[name])} | {spread(turns[name])}" if seconds else "- | -"
-        used = f"{memory[name] / 2**30:.2f} | {ratios['memory'][name]:.2f}"
-        print(f"| {name} | {timed} | {used} | {flops[name] / 1e12:.3g} | {ratios['flops'][name]:.3f} |")
+        timed = f"{spread(seconds[name], '.3g')} | {spread(turns[name], '.2f')}" if seconds else "- | -"
+        used = f"{memory[name] / 2**30:.2f} | {ratios['memory_'][name]:.2f}"
+        print(f"| {name} | {timed} | {used} | {flops[name] / 1e12:,.2f} | {ratios['flops_'][name]:.2f} |")
 
     # 4. JSON
     if args.output is not None:
         on_cuda = args.device.type == "cuda"
         result = {
-            "ratios": flat,
+            "ratios": {
+                f"train_{name}_{quantity}vs_plain": ratio
+                for quantity, by_step in ratios.items()
+                for name, ratio in by_step.items()
+                if name != "plain"
+            },
             "settings": vars(args) | {"preset": {"name": args.preset} | asdict(PRESETS[args.preset])},
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name(args.device) if on_cuda else f"{os.cpu_count()} CPU cores",
@@ -287,7 +295,6 @@ def main(argv: list[str] | None = None) -> None:
             "memory_bytes": memory,
             "flops": flops,
         }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         temporary = args.output.with_name(args.output.name + ".partial")
         temporary.write_text(json.dumps(result, indent=2, default=str) + "\n")
         temporary.replace(args.output)

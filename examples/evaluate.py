@@ -12,7 +12,15 @@ import torch
 from tqdm import tqdm
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
-from rvedit_diffusers.synthetic import OPERATIONS, TEST_PHOTOS, TRAIN_PHOTOS, SyntheticEdits, judge, outside_psnr
+from rvedit_diffusers.synthetic import (
+    NEW_OPERATIONS,
+    OPERATIONS,
+    TEST_PHOTOS,
+    TRAIN_PHOTOS,
+    SyntheticEdits,
+    judge,
+    outside_psnr,
+)
 from rvedit_diffusers.video import write_strip
 
 
@@ -30,9 +38,10 @@ def reconstruct(pipe: RVEDiTPipeline, clip: np.ndarray) -> np.ndarray:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline")
+    parser.add_argument("--lora", help="folder or Hub id of LoRA weights to add")
     parser.add_argument("--seed", type=int, default=0, help="names the scenes")
     parser.add_argument("--num_samples", type=int, default=64, help="scenes of each kind")
-    parser.add_argument("--kinds", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--kinds", nargs="+", choices=(*OPERATIONS, *NEW_OPERATIONS), default=OPERATIONS)
     parser.add_argument("--unseen_photos", action="store_true", help="backgrounds over photographs never trained on")
     parser.add_argument("--num_inference_steps", type=int, help="the checkpoint's own by default")
     parser.add_argument("--guidance_scale", type=float, help="the checkpoint's own by default")
@@ -44,6 +53,8 @@ def main() -> None:
         parser.error("--num_samples and --batch_size have to be at least 1")
 
     pipe = RVEDiTPipeline.from_pretrained(args.model).to(args.device)
+    if args.lora:
+        pipe.load_lora_weights(args.lora)
     pipe.set_progress_bar_config(disable=True)
     photos = TEST_PHOTOS if args.unseen_photos else TRAIN_PHOTOS
     results = {}

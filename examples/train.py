@@ -24,39 +24,35 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from diffusers import AutoencoderKLWan
-from diffusers.hooks import apply_group_offloading
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from tqdm import tqdm
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTTransformer3DModel
 from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
-from rvedit_diffusers.synthetic import SyntheticEdits
+from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, SyntheticEdits
+from rvedit_diffusers.training.adapters import LORA_TARGETS, add_lora, offload_frozen_weights, store_in_fp8
 from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, EditingBranches
 from rvedit_diffusers.training.cache import CachedPairs, cached_null_text, fill_cache, fingerprint, text_length
 from rvedit_diffusers.training.checkpoint import (
     averaged,
     checkpoints,
     differences,
+    export,
     load_checkpoint,
     open_log,
     prune_checkpoints,
     read_log,
     read_state,
-    replace_folder,
     save_checkpoint,
-    save_weights,
 )
 from rvedit_diffusers.training.data import (
     PRESETS,
-    Bucket,
-    ScanRecord,
     describe_plans,
     parse_buckets,
     plan_pairs,
@@ -69,12 +65,13 @@ from rvedit_diffusers.training.optimizers import block_matrices, build_optimizer
 from rvedit_diffusers.training.options import with_config
 from rvedit_diffusers.training.pairs import EditPairs, FilePairs, SyntheticPairs
 from rvedit_diffusers.training.plots import plot_losses
+from rvedit_diffusers.training.record import ScanRecord
 from rvedit_diffusers.training.sampler import BatchSampler, derive_seed
 from rvedit_diffusers.training.samples import Draws, MLLMCollator, Samples, numbered_batches
 from rvedit_diffusers.training.validation import FixedDraws, edit_held_out, gradient_norms, held_out_loss
 
 
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
+PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_diffusers")
 # What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
 # and the weights, the content counts; of the batch size, that of all processes.
 FREE_TO_CHANGE = set(
@@ -111,8 +108,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--dry_run", action="store_true", help="end after the scan of all files, with an estimate")
     group.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; default: OUTPUT/cache")
     group.add_argument("--encode_batch_size", type=int, default=1, help="pairs that are encoded together")
-    group.add_argument("--num_workers", type=int, default=0, help="processes that read the cache")
+    group.add_argument("--num_workers", type=int, default=2, help="processes that read the cache")
     group.add_argument("--num_pairs", type=int, default=8192, help="pairs of `synthetic`")
+    operations = (*OPERATIONS, *NEW_OPERATIONS)
+    group.add_argument("--operations", nargs="+", choices=operations, default=OPERATIONS, help="of `synthetic`")
     group.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
 
     group = parser.add_argument_group("what learns, and how")
@@ -235,6 +234,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         build_optimizer(args.optimizer, [weight], [weight], 1.0, args.weight_decay, **args.optimizer_args)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
+    if args.report_to != "none" and args.report_to not in (known := [t.value for t in get_available_trackers()]):
+        parser.error(f"--report_to has to be none or what is installed of trackers, {known}, but is {args.report_to}")
     if args.push_to_hub != (args.hub_model_id is not None):
         parser.error("--push_to_hub and --hub_model_id need each other")
 
@@ -268,7 +269,9 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
     if data == "synthetic":
         bucket = args.buckets[0]
         size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
-        edits = SyntheticEdits(args.seed + 20, **size, edits_per_scene=args.edits_per_scene)
+        edits = SyntheticEdits(
+            args.seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
+        )
         return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps))
     columns = (args.source_column, args.edited_column, args.instruction_column)
     pairs = read_pairs(data, *columns, data_root=args.data_root)
@@ -294,31 +297,6 @@ def split_pairs(args: argparse.Namespace, pairs: EditPairs, fps: float, pixels: 
     return [kept, held_out]
 
 
-def num_tokens(bucket: Bucket, pixels: tuple[int, int]) -> int:
-    time, space = pixels
-    return ((bucket.num_frames - 1) // time + 1) * (bucket.height // space) * (bucket.width // space)
-
-
-def add_lora(transformer: RVEDiTTransformer3DModel, args: argparse.Namespace) -> None:
-    """Freeze the transformer and add float32 adapters."""
-    transformer.requires_grad_(False)
-    settings = {"r": args.lora_rank, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
-    transformer.add_adapter(LoraConfig(**settings, target_modules=args.lora_targets))
-    cast_training_params(transformer, torch.float32)
-
-
-def store_frozen_weights(
-    transformer: RVEDiTTransformer3DModel, args: argparse.Namespace, device: torch.device
-) -> None:
-    """Let the weights under the adapters rest in 8 bits or in host memory, as the options say."""
-    if args.layerwise_casting:
-        transformer.enable_layerwise_casting(torch.float8_e4m3fn, transformer.dtype)
-    if args.group_offload:
-        for layer in [module for module in transformer.modules() if isinstance(module, BaseTunerLayer)]:
-            base = layer.get_base_layer()
-            apply_group_offloading(base, device, offload_type="leaf_level", non_blocking=device.type == "cuda")
-
-
 def describe_run(args: argparse.Namespace, batch_size: int, model_key: str, base: Path, pairs: EditPairs) -> dict:
     """Everything that the weights at the end of a run depend on, as a checkpoint records it."""
     record = ScanRecord(args.cache_dir / "files.jsonl")
@@ -335,37 +313,38 @@ def describe_run(args: argparse.Namespace, batch_size: int, model_key: str, base
     return json.loads(json.dumps(config, default=str))
 
 
-def export(
-    args: argparse.Namespace, base: Path, modules: dict, is_main_process: bool
-) -> tuple[list[Path], str | None]:
-    """Write what the pipeline loads, `OUTPUT/lora` or a whole `OUTPUT/pipeline` or both; and why it failed, if so."""
-    parts = args.output / "weights.partial"
-    shutil.rmtree(parts, ignore_errors=True) if is_main_process else None
-    problem = save_weights(parts, modules, is_main_process)
-    results = []
-    if not is_main_process or problem is not None:
-        return results, problem
-    if (parts / "lora").is_dir():
-        replace_folder(parts / "lora", args.output / "lora")
-        results.append(args.output / "lora")
-    learned = [path.name for path in parts.iterdir()]
-    if learned:  # what did not learn is copied as it is
-        whole = args.output / "pipeline.partial"
-        shutil.rmtree(whole, ignore_errors=True)
-        shutil.copytree(base, whole, ignore=lambda folder, names: learned if Path(folder) == Path(base) else [])
-        for name in learned:
-            (parts / name).rename(whole / name)
-        replace_folder(whole, args.output / "pipeline")
-        results.append(args.output / "pipeline")
-    shutil.rmtree(parts)
-    return results, None
-
-
 def make_repository(args: argparse.Namespace) -> None:
     try:
         create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
     except Exception as error:  # the network, the Hub and its client fail in many ways
         raise ValueError(f"--hub_model_id {args.hub_model_id} cannot be made: {error}") from error
+
+
+def publish(args: argparse.Namespace, results: list[Path], facts: dict[str, str], losses: dict[str, float]) -> None:
+    """Write the model cards, and upload if asked for: a pipeline as the repository, a LoRA beside it in a folder."""
+    strips = sorted(args.output.glob("validation/*/*.png"))
+    for result in results:
+        sample = strips[-1] if strips else None
+        write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample)
+        if args.push_to_hub:
+            place = result.name if len(results) > 1 and result.name == "lora" else None
+            try:
+                upload_folder(repo_id=args.hub_model_id, folder_path=result, path_in_repo=place)
+            except Exception as error:  # as above
+                fail(f"{result} is complete, but could not be uploaded to {args.hub_model_id}: {error}")
+
+
+def unsupported(args: argparse.Namespace, accelerator: Accelerator) -> str | None:
+    """Why these options do not go together with several processes, or `None`."""
+    if args.group_offload and accelerator.num_processes > 1:
+        return "--group_offload is for one process: several share out the weights with FSDP2"
+    if accelerator.distributed_type == DistributedType.FSDP and (args.layerwise_casting or args.optimizer == "muon"):
+        return "--layerwise_casting and --optimizer muon need whole weights, which FSDP2 shares out"
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        return "FSDP has to be of version 2: see examples/accelerate/fsdp2.yaml"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "DeepSpeed is not supported: FSDP2 shares out weights, gradients and state alike"
+    return None
 
 
 def fail(message: str, status: int = 1) -> None:
@@ -390,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
         # the alignment heads rest in steps without the reference branch
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    if problem := unsupported(args, accelerator):
+        fail(problem, 2)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
     torch.manual_seed(args.seed)  # of what begins at random
@@ -421,7 +402,7 @@ def main(argv: list[str] | None = None) -> None:
             if is_lora:
                 for parameter in skeleton.parameters():
                     parameter.data = parameter.data.to(half)
-                add_lora(skeleton, args)
+                add_lora(skeleton, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
             skeleton = EditingBranches(skeleton, align_blocks=args.align_blocks, align_loss=args.align_loss)
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
     except (OSError, ValueError) as error:
@@ -468,7 +449,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.cuda.empty_cache()
 
     # 2. What learns
-    if device.type == "cpu" and max(num_tokens(bucket, pixels) for bucket in args.buckets) <= 1024:
+    if device.type == "cpu" and max(b.num_tokens(*pixels) for b in args.buckets) <= 1024:
         # the backward pass of the CPU's fused attention costs twice that of plain matrix products; compiled code
         # goes by these switches, not by the attention backend
         torch.backends.cuda.enable_flash_sdp(False)
@@ -477,8 +458,11 @@ def main(argv: list[str] | None = None) -> None:
         base, subfolder="transformer", torch_dtype=half if is_lora else torch.float32
     )
     if is_lora:
-        add_lora(pipe.transformer, args)
-        store_frozen_weights(pipe.transformer, args, device)
+        add_lora(pipe.transformer, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    if args.layerwise_casting:
+        store_in_fp8(pipe.transformer)
+    if args.group_offload:
+        offload_frozen_weights(pipe.transformer, device)
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if is_live:
@@ -495,7 +479,9 @@ def main(argv: list[str] | None = None) -> None:
         args.align_loss,
         args.align_temperature,
         args.align_reference_latents,
-    ).to(device)
+    )
+    for part in [part for part in branches.children() if not (args.group_offload and part is pipe.transformer)]:
+        part.to(device)
     if args.train_distiller == "connectors":
         pipe.distiller.queries.requires_grad_(False)
     branches.train()
@@ -513,7 +499,7 @@ def main(argv: list[str] | None = None) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    model, optimizer = accelerator.prepare(branches, optimizer)
+    model, optimizer = accelerator.prepare(branches, optimizer, device_placement=[not args.group_offload, True])
     parameters = [p for p in branches.parameters() if p.requires_grad]  # FSDP2 puts its own in their place
     averages = [p for name, module in modules.items() for p in module.parameters() if p.requires_grad]
     ema = EMAModel(averages, args.ema_decay) if args.ema_decay else None
@@ -576,9 +562,12 @@ def main(argv: list[str] | None = None) -> None:
             "nonfinite": nonfinite,
             "config": run,
             "lr_scheduler": scheduler.state_dict(),
-            "versions": {name: version(name) for name in ("torch", "diffusers", "peft", "rvedit_diffusers")},
+            "versions": {
+                name: version(name)
+                for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_diffusers")
+            },
         }
-        problem = save_checkpoint(folder, modules, branches.heads, optimizer, ema, averages, state, main_process)
+        problem = save_checkpoint(folder, modules, branches.heads, optimizer, state, ema, averages, main_process)
         problem = broadcast_object_list([problem])[0] if num_processes > 1 else problem
         if problem is not None:
             free = shutil.disk_usage(args.output).free / 2**30
@@ -590,8 +579,8 @@ def main(argv: list[str] | None = None) -> None:
     # 4. The loop
     if main_process:
         prune_checkpoints(args.output, None)  # what a killed process has left
-    shown = {name: str(value) for name, value in run.items()}
-    accelerator.init_trackers("rvedit", shown, {"tensorboard": {"purge_step": step}} if step else {})
+    hyperparameters = {name: str(value) for name, value in run.items()}
+    accelerator.init_trackers("rvedit", hyperparameters, {"tensorboard": {"purge_step": step}} if step else {})
     log = open_log(args.output / "log.jsonl", step) if main_process else None
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not main_process)
     meter = LossMeter(device)
@@ -665,14 +654,13 @@ def main(argv: list[str] | None = None) -> None:
     # 5. The result is what the pipeline loads; the alignment heads stay behind
     branches.eval()
     with averaged(ema, averages):
-        results, problem = export(args, base, modules, main_process)
+        results, problem = export(args.output, base, modules, main_process)
     if main_process:
         log.close()
         if problem is not None:
             fail(f"the result cannot be written: {problem}; go on from {checkpoints(args.output)[-1]}")
         if read_log(args.output / "log.jsonl"):
             plot_losses(args.output / "log.jsonl", args.output / "losses.png")
-        strips = sorted(args.output.glob("validation/*/*.png"))
         facts = {
             "data": f"{len(pairs)} pairs of {args.train_data}, buckets {', '.join(map(str, args.buckets))}",
             "steps": f"{step} of {global_batch_size} pairs",
@@ -681,12 +669,9 @@ def main(argv: list[str] | None = None) -> None:
             "weights": f"moving average, {args.ema_decay}" if ema is not None else "the last",
             "alignment": f"{args.align_loss}, weight {args.align_weight:g}, blocks {branches.align_blocks}",
         }
-        losses = {name: last[name] for name in ("flow", "align", "validation_flow") if name in last}
-        for result in results:
-            sample = strips[-1] if strips else None
-            write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample)
-        if args.push_to_hub:
-            upload_folder(repo_id=args.hub_model_id, folder_path=results[-1])
+        publish(
+            args, results, facts, {name: last[name] for name in ("flow", "align", "validation_flow") if name in last}
+        )
     accelerator.end_training()
 
 

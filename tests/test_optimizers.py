@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rvedit_diffusers.training.checkpoint import load_checkpoint, save_checkpoint
-from rvedit_diffusers.training.optimizers import NEED_OTHERS, MuonAdamW, block_matrices, build_optimizer
+from rvedit_diffusers.training.optimizers import NEED_OTHERS, MuonAdamW, block_matrices, build_optimizer, warmup_cosine
 
 
 NAMES = sorted(
@@ -34,11 +34,11 @@ def train(model, optimizer, steps):
 
 
 def save(folder, module, optimizer, step):
-    assert save_checkpoint(folder, {}, module, optimizer, None, [], {"step": step}) is None
+    assert save_checkpoint(folder, {}, module, optimizer, state={"step": step}) is None
 
 
 def load(folder, module, optimizer):
-    return load_checkpoint(folder, {}, module, optimizer, None, [])["step"]
+    return load_checkpoint(folder, {}, module, optimizer)["step"]
 
 
 def test_every_parameter_is_in_one_part():
@@ -244,3 +244,13 @@ def test_unknown_settings_are_refused(name, setting):
 def test_adamw8bit_says_what_to_install():
     with pytest.raises(ImportError, match="`--optimizer adamw8bit`.*pip install bitsandbytes"):
         named("adamw8bit")
+
+
+@pytest.mark.parametrize("step, factor", [(0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)])
+def test_the_rate_rises_in_the_warmup(step, factor):
+    assert warmup_cosine(step, 4, 0.0) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize("progress, factor", [(0.0, 1.0), (0.5, 0.51), (1.0, 0.02)])
+def test_the_rate_falls_with_the_progress(progress, factor):
+    assert warmup_cosine(9, 0, progress) == pytest.approx(factor)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvedit_diffusers.training import data as training_data
+from rvedit_diffusers.training import record as training_record
 from rvedit_diffusers.training.data import (
     PRESETS,
     Bucket,
@@ -298,7 +298,7 @@ def decoded(monkeypatch):
         names.append(path.name)
         return probe_video(path)
 
-    monkeypatch.setattr(training_data, "probe_video", probe)
+    monkeypatch.setattr(training_record, "probe_video", probe)
     return names
 
 

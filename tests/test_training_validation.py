@@ -7,10 +7,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from components import build_pipeline
-from PIL import Image
 from torch.utils.data import default_collate
 
-from rvedit_diffusers import read_video
+from rvedit_diffusers import RVEDiTProcessor, read_video
 from rvedit_diffusers.losses import flow_matching_loss
 from rvedit_diffusers.synthetic import SyntheticEdits
 from rvedit_diffusers.training import validation
@@ -30,7 +29,7 @@ from rvedit_diffusers.training.validation import (
 
 
 SHAPE = torch.Size((16, 2, 4, 4))  # of the latents of a pair
-PAIRS = SyntheticPairs(SyntheticEdits(20, 5, 32, 32, edits_per_scene=2), 3, 16.0)
+PAIRS = SyntheticPairs(SyntheticEdits(20, 5, 32, 32, edits_per_scene=2), 3, 2.0)
 DRAWS = Draws(seed=0, num_positions=5)
 
 
@@ -144,7 +143,7 @@ def test_fixed_draws_have_the_types_of_those_of_training():
 # The loss of held-out pairs
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
 def test_the_held_out_loss_is_the_mean_over_the_pairs(accelerator, branches, build_samples, batch_size):
     samples = build_samples(FixedDraws())
     losses = torch.tensor(
@@ -260,23 +259,36 @@ def test_edits_are_those_of_the_whole_pipeline(
     edit(accelerator, *build_cache(tokens, text), tmp_path, 2, learns)
     for index, clip in enumerate(written.values()):
         source, instruction = PAIRS.load(index)[0], PAIRS.instruction(index)
-        expected = pipe(source, instruction, fps=16.0, generator=generator("validation edit", index)).frames[0]
+        expected = pipe(source, instruction, fps=2.0, generator=generator("validation edit", index)).frames[0]
         # a quarter differs and more where a condition is another; the norms of so small a VAE may flip single pixels
         assert (np.abs(clip / 255 - expected) > 0.005).mean() < 0.05
     assert len(written) == 2
+
+
+def test_an_mllm_that_learns_reads_the_rate_of_the_pair(accelerator, build_cache, tmp_path, monkeypatch):
+    rates, call = [], RVEDiTProcessor.__call__
+
+    def record(*args, fps, **kwargs):
+        rates.append(fps)
+        return call(*args, fps=fps, **kwargs)
+
+    monkeypatch.setattr(RVEDiTProcessor, "__call__", record)
+    edit(accelerator, *build_cache("none"), tmp_path, 1, ("distiller", "mllm"))
+    assert rates == [[PAIRS.rate]]
 
 
 def test_edits_are_clips_that_can_be_played(accelerator, build_cache, tmp_path, written):
     edit(accelerator, *build_cache(), tmp_path, 1)
     ((name, frames),) = written.items()
     clip = read_video(tmp_path / name)
-    assert clip.fps == 16 and clip.frames.shape == frames.shape == (5, 32, 32, 3)
+    assert clip.fps == 2 and clip.frames.shape == frames.shape == (5, 32, 32, 3)
 
 
-def test_every_edit_has_a_clip_and_a_strip(accelerator, build_cache, tmp_path):
-    _, strips = edit(accelerator, *build_cache(), tmp_path / "new" / "step-10", 3)
+@pytest.mark.parametrize("num_edits, count", [(2, 2), (9, 3)])  # of 3 pairs
+def test_every_edit_has_a_clip_and_a_strip(accelerator, build_cache, tmp_path, num_edits, count):
+    _, strips = edit(accelerator, *build_cache(), tmp_path / "new" / "step-10", num_edits)
     names = [strip.stem for strip in strips]
-    assert [int(name.partition("-")[0]) for name in names] == [0, 1, 2]
+    assert [int(name.partition("-")[0]) for name in names] == list(range(count))
     assert {path.name for path in strips[0].parent.iterdir()} == {
         f"{n}.{kind}" for n in names for kind in ("mp4", "png")
     }
@@ -297,16 +309,6 @@ def test_a_strip_shows_source_edit_and_true_edit(accelerator, build_cache, tmp_p
     assert all(np.array_equal(drawn[name], rows) for name, rows in expected.items())
 
 
-def test_strips_are_pictures(accelerator, build_cache, tmp_path):
-    _, (strip,) = edit(accelerator, *build_cache(), tmp_path, 1)
-    assert np.asarray(Image.open(strip)).std() > 0
-
-
-@pytest.mark.parametrize("num_edits, count", [(2, 2), (9, 3)])
-def test_there_are_at_most_as_many_edits_as_pairs(accelerator, build_cache, tmp_path, num_edits, count):
-    assert len(edit(accelerator, *build_cache(), tmp_path, num_edits)[1]) == count
-
-
 def test_strips_are_in_the_order_of_the_pairs(accelerator, build_cache, tmp_path):
     for name in ("10-remove-it.png", "2-make-it-red.png"):
         (tmp_path / name).touch()
@@ -318,14 +320,14 @@ class Spoken(SyntheticPairs):
     """Pairs with one instruction of a user."""
 
     def __init__(self, instruction):
-        super().__init__(PAIRS.edits, len(PAIRS), 16.0)
+        super().__init__(PAIRS.edits, len(PAIRS), PAIRS.rate)
         self.spoken = instruction
 
     def instruction(self, index):
         return self.spoken
 
 
-@pytest.mark.parametrize("instruction", ["make it\nblue", "???", "把球变成蓝色", "make the ball blue " * 40])
+@pytest.mark.parametrize("instruction", ["make it\nblue", "把球变成蓝色", "make it blue " * 40])
 def test_any_instruction_can_be_shown(accelerator, build_cache, tmp_path, instruction):
     _, strips = edit(accelerator, *build_cache(), tmp_path, 1, pairs=Spoken(instruction))
     assert len(strips) == 1

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
-from rvedit_diffusers.training.checkpoint import replace_folder
+from rvedit_diffusers.training.checkpoint import checkpoints, read_state, replace_folder
 
 
 README = """# The embedded checkpoint
@@ -97,7 +97,7 @@ def main() -> None:
             "editor",
             editor,
             "flow matching and alignment (`train.py`)",
-            json.loads((args.editor / "checkpoint/state.json").read_text()),
+            read_state(checkpoints(args.editor)[-1]),
         ),
     ]
     parts = [f"| {name} | {m:.2f} M | {how} | {s['step']} | {s['seconds'] / 60:.0f} |" for name, m, how, s in rows]

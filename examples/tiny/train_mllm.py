@@ -25,10 +25,11 @@ from rvedit_diffusers.synthetic import COLOURS, GRADES, OPERATIONS, SHAPES, TEST
 from rvedit_diffusers.synthetic.scenes import coverage
 from rvedit_diffusers.tiny import save_tiny_mllm
 from rvedit_diffusers.training.checkpoint import (
-    has_training_state,
-    load_training_state,
+    checkpoints,
+    load_checkpoint,
     open_log,
-    save_training_state,
+    prune_checkpoints,
+    save_checkpoint,
 )
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 
@@ -267,12 +268,12 @@ def main() -> None:
     heads = AnswerHeads(MLLM_CONFIG["hidden_size"], processor.num_edit_tokens)
     mllm.train().set_attn_implementation("eager")  # at this size the fused kernels' backward pass is the slower one
 
-    modules = {"mllm": mllm.base_model, "distiller": distiller, "heads": heads}
+    learned = nn.ModuleDict({"mllm": mllm.base_model, "distiller": distiller, "heads": heads})
     parameters = [*mllm.base_model.parameters(), distiller.queries, *heads.parameters()]
     optimizer = MuonAdamW(block_matrices(mllm.base_model), parameters, lr=args.learning_rate)
-    step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
-    if has_training_state(checkpoint):
-        state = load_training_state(checkpoint, modules, optimizer)
+    step, spent = 0, 0.0
+    if checkpoints(args.output):
+        state = load_checkpoint(checkpoints(args.output)[-1], {}, learned, optimizer)
         step, spent = state["step"], state["seconds"]
     started = time.monotonic() - spent
 
@@ -307,9 +308,11 @@ def main() -> None:
             bar.set_postfix(mask=f"{entry['mask']:.3f}", operation=f"{entry['operation']:.3f}")
             if step % args.save_every == 0:
                 entry |= evaluate(mllm, distiller, heads, processor, unseen)
-                save_training_state(
-                    checkpoint, modules, optimizer, {"step": step, "seconds": time.monotonic() - started}
-                )
+                state = {"step": step, "seconds": time.monotonic() - started}
+                problem = save_checkpoint(args.output / f"checkpoint-{step}", {}, learned, optimizer, state)
+                if problem is not None:
+                    raise SystemExit(f"checkpoint-{step} cannot be written: {problem}")
+                prune_checkpoints(args.output, 1)
             log.write(json.dumps(entry) + "\n")
             log.flush()
 

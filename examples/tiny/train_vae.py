@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_PHOTOS, SyntheticEdits
 from rvedit_diffusers.training.checkpoint import (
-    has_training_state,
-    load_training_state,
+    checkpoints,
+    load_checkpoint,
     open_log,
-    save_training_state,
+    prune_checkpoints,
+    save_checkpoint,
 )
 from rvedit_diffusers.training.optimizers import warmup_cosine
 
@@ -87,13 +88,14 @@ def main() -> None:
     vae = AutoencoderKLWan.from_config(VAE_CONFIG).to(device)
     # a posterior of unit variance would drown the first gradients in noise: start nearly deterministic
     torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -6.0)
+    learned = torch.nn.ModuleDict({"vae": vae})
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     edits = SyntheticEdits(args.seed, num_frames=args.num_frames, photos=TRAIN_PHOTOS)
     unseen = clip_batch(SyntheticEdits(1_000_000, num_frames=17, photos=TEST_PHOTOS), 0, 16).to(device)
 
-    step, spent, checkpoint = 0, 0.0, args.output / "checkpoint"
-    if has_training_state(checkpoint):
-        state = load_training_state(checkpoint, {"vae": vae}, optimizer)
+    step, spent = 0, 0.0
+    if checkpoints(args.output):
+        state = load_checkpoint(checkpoints(args.output)[-1], {}, learned, optimizer)
         step, spent = state["step"], state["seconds"]
     started = time.monotonic() - spent
 
@@ -130,9 +132,11 @@ def main() -> None:
             bar.set_postfix(l1=f"{entry['l1']:.4f}", psnr=f"{entry['psnr']:.2f}", kl=f"{entry['kl']:.2f}")
             if step % args.save_every == 0:
                 entry["psnr_unseen_photos"] = psnr(vae, unseen)
-                save_training_state(
-                    checkpoint, {"vae": vae}, optimizer, {"step": step, "seconds": time.monotonic() - started}
-                )
+                state = {"step": step, "seconds": time.monotonic() - started}
+                problem = save_checkpoint(args.output / f"checkpoint-{step}", {}, learned, optimizer, state)
+                if problem is not None:
+                    raise SystemExit(f"checkpoint-{step} cannot be written: {problem}")
+                prune_checkpoints(args.output, 1)
             log.write(json.dumps(entry) + "\n")
             log.flush()
 

@@ -1,7 +1,7 @@
 """The procedural benchmark: scenes with exact edit targets, rendered on the fly from a seed."""
 
 from .backgrounds import TEST_PHOTOS, TRAIN_PHOTOS
-from .edits import OPERATIONS, Edit, SyntheticEdits, demo_edit, referring_expressions
+from .edits import NEW_OPERATIONS, OPERATIONS, Edit, SyntheticEdits, demo_edit, referring_expressions
 from .metrics import judge, outside_psnr, psnr
 from .scenes import COLOURS, GRADES, SHAPES, Scene, SceneObject, render, sample_scene
 
@@ -10,6 +10,7 @@ __all__ = [
     "COLOURS",
     "Edit",
     "GRADES",
+    "NEW_OPERATIONS",
     "OPERATIONS",
     "SHAPES",
     "Scene",

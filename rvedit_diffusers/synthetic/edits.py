@@ -10,10 +10,12 @@ from .scenes import COLOURS, GRADES, SHAPES, SIZES, Scene, coverage, render, sam
 
 
 OPERATIONS = ("recolour", "remove", "replace", "grade")
+NEW_OPERATIONS = ("outline",)  # never seen by the embedded checkpoint, to fine-tune it; objects go by their looks
 TEMPLATES = {
     "recolour": ("make {ref} {colour}", "change the color of {ref} to {colour}", "turn {ref} {colour}"),
     "remove": ("remove {ref}", "delete {ref}", "take {ref} away"),
     "replace": ("replace {ref} with a {colour} {shape}", "turn {ref} into a {colour} {shape}"),
+    "outline": ("outline {ref} in white",),
     "grey": ("make the video black and white", "remove all color from the video", "turn the whole video grey"),
     "warm": ("make the video warmer", "give the video a warm look", "make the colors of the video warm"),
     "cold": ("make the video colder", "give the video a cold look", "make the colors of the video cold"),
@@ -30,11 +32,11 @@ class Edit:
     """One edit of one scene.
 
     Attributes:
-        operation (`str`): One of `OPERATIONS`.
+        operation (`str`): One of `OPERATIONS` or `NEW_OPERATIONS`.
         instruction (`str`): What a user would type.
         scene, edited (`Scene`): The scene graph before and after; both render exactly.
         target (`int`, *optional*): Index of the edited object in `scene.objects`; `None` for a grade.
-        value (`tuple[str, ...]`): The new colour; the new colour and shape; or the grade.
+        value (`tuple[str, ...]`): The new colour; the new colour and shape; the outline's colour; or the grade.
     """
 
     operation: str
@@ -86,7 +88,9 @@ def apply(scene: Scene, operation: str, target: int | None, value: tuple[str, ..
         return scene.with_object(target, replace(scene.objects[target], colour=value[0]))
     if operation == "replace":
         return scene.with_object(target, replace(scene.objects[target], colour=value[0], shape=value[1]))
-    raise ValueError(f"`operation` has to be one of {OPERATIONS}, but is {operation!r}")
+    if operation == "outline":
+        return scene.with_object(target, replace(scene.objects[target], outline=value[0]))
+    raise ValueError(f"`operation` has to be one of {OPERATIONS + NEW_OPERATIONS}, but is {operation!r}")
 
 
 def visible_share(scene: Scene, index: int) -> np.ndarray:
@@ -131,6 +135,8 @@ def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
         return Edit(operation, instruction, scene, apply(scene, operation, None, (grade,)), None, (grade,))
 
     visible = [i for i in range(len(scene.objects)) if (visible_share(scene, i) > 0.5).mean() >= 0.8]
+    if operation == "outline":  # around a white object it would not be seen
+        visible = [i for i in visible if scene.objects[i].colour != "white"] or visible
     target = int(rng.choice(visible))
     thing, taken = scene.objects[target], {(o.colour, o.shape) for o in scene.objects}
     value: tuple[str, ...] = ()
@@ -140,7 +146,11 @@ def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
     elif operation == "replace":
         free = [(c, s) for c in COLOURS for s in SHAPES if s != thing.shape and (c, s) not in taken]
         value = free[rng.integers(len(free))]
+    elif operation == "outline":
+        value = ("white",)
     looks, relations = referring_expressions(scene, target)
+    if operation in NEW_OPERATIONS:
+        relations = []
     phrases = relations if relations and rng.random() < RELATION_SHARE else looks
     words = {"ref": phrases[rng.integers(len(phrases))]} | dict(zip(("colour", "shape"), value, strict=False))
     instruction = TEMPLATES[operation][rng.integers(len(TEMPLATES[operation]))].format(**words)
@@ -153,7 +163,7 @@ class SyntheticEdits:
     Args:
         seed (`int`): Names the list; two seeds share no scene.
         num_frames, height, width (`int`): The clips, in frames and pixels.
-        operations (`tuple[str, ...]`): Operations to take turns through, some of `OPERATIONS`.
+        operations (`tuple[str, ...]`): Operations to take turns through, some of `OPERATIONS` and `NEW_OPERATIONS`.
         edits_per_scene (`int`): How many consecutive items share one scene (and so one source clip).
         photos (`tuple[str, ...]`): The photographs that backgrounds may show.
     """
@@ -168,9 +178,9 @@ class SyntheticEdits:
         edits_per_scene: int = 1,
         photos: tuple[str, ...] = TRAIN_PHOTOS,
     ):
-        unknown = set(operations) - set(OPERATIONS)
+        unknown = set(operations) - set(OPERATIONS + NEW_OPERATIONS)
         if not operations or unknown:
-            raise ValueError(f"`operations` has to name some of {OPERATIONS}, but is {operations}")
+            raise ValueError(f"`operations` has to name some of {OPERATIONS + NEW_OPERATIONS}, but is {operations}")
         if edits_per_scene < 1:
             raise ValueError(f"`edits_per_scene` has to be at least 1, but is {edits_per_scene}")
         self.seed, self.operations, self.edits_per_scene = seed, tuple(operations), edits_per_scene

@@ -18,6 +18,7 @@ COLOURS = {
     "black": (0.04, 0.04, 0.04),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+OUTLINE_WIDTH = 0.06  # as a share of the shorter side
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}  # radius as a share of the shorter side
 MOTIONS = ("static", "linear", "bounce", "orbit")
 GRADES = ("grey", "warm", "cold", "bright", "dark")
@@ -25,13 +26,17 @@ GRADES = ("grey", "warm", "cold", "bright", "dark")
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One shape. `path` is its centre over time, `(num_frames, 2)` as (x, y) shares of width and height."""
+    """One shape. `path` is its centre over time, `(num_frames, 2)` as (x, y) shares of width and height.
+
+    `outline` is the colour of a line around it, or `None`.
+    """
 
     shape: str
     colour: str
     size: str
     motion: str
     path: tuple[tuple[float, float], ...]
+    outline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -142,15 +147,19 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"`shape` has to be one of {SHAPES}, but is {shape!r}")
 
 
-def coverage(scene: Scene, index: int) -> np.ndarray:
-    """Share of each pixel that object `index` covers, before occlusion: `(frames, height, width)` in [0, 1]."""
+def coverage(scene: Scene, index: int, margin: float = 0.0) -> np.ndarray:
+    """Share of each pixel that object `index` covers, before occlusion: `(frames, height, width)` in [0, 1].
+
+    `margin` widens the object on all sides, as a share of the frame's shorter side.
+    """
     thing = scene.objects[index]
     radius = SIZES[thing.size] * min(scene.height, scene.width)
     path = np.asarray(thing.path, dtype=np.float32) * np.array([scene.width, scene.height], np.float32)
     x = np.arange(scene.width, dtype=np.float32)[None, None, :] + 0.5 - path[:, 0, None, None]
     y = np.arange(scene.height, dtype=np.float32)[None, :, None] + 0.5 - path[:, 1, None, None]
     x, y = np.broadcast_arrays(x, y)
-    return np.clip(0.5 - signed_distance(thing.shape, x, y, radius), 0.0, 1.0).astype(np.float32)
+    distance = signed_distance(thing.shape, x, y, radius) - margin * min(scene.height, scene.width)
+    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
 
 
 def grade_frames(frames: np.ndarray, grade: str | None) -> np.ndarray:
@@ -181,6 +190,8 @@ def render(scene: Scene) -> np.ndarray:
     """
     frames = render_background(scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos)
     for index, thing in enumerate(scene.objects):
-        alpha = coverage(scene, index)[..., None]
-        frames = frames + alpha * (np.array(COLOURS[thing.colour], np.float32) - frames)
+        layers = [] if thing.outline is None else [(OUTLINE_WIDTH, thing.outline)]
+        for margin, colour in (*layers, (0.0, thing.colour)):
+            alpha = coverage(scene, index, margin)[..., None]
+            frames = frames + alpha * (np.array(COLOURS[colour], np.float32) - frames)
     return np.round(grade_frames(frames, scene.grade) * 255.0).astype(np.uint8)

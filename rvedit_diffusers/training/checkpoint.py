@@ -96,24 +96,51 @@ class _Writer:
             self(_write_module, folder / _folder_of(name, module), module, tensors)
 
 
-def save_weights(folder: str | Path, modules: dict[str, nn.Module], is_main_process: bool = True) -> str | None:
-    """Write modules as folders that the pipeline loads. All processes of a run have to call it.
+def export(
+    output: str | Path, base: str | Path, modules: dict[str, nn.Module], is_main_process: bool = True
+) -> tuple[list[Path], str | None]:
+    """Write the result of a training: `lora`, a whole `pipeline`, or both. All processes of a run have to call it.
 
     Args:
-        folder (`str` or `Path`): Gets the folder `lora` for a transformer with an adapter, else one of each name.
-        modules (`dict[str, nn.Module]`): By name of the component: `transformer`, `distiller`, `text_encoder`.
+        output (`str` or `Path`): Where the folders go.
+        base (`str` or `Path`): Folder of the pipeline that was trained. What did not learn is copied as it is.
+        modules (`dict[str, nn.Module]`): What learned, by name of the component: `transformer`, `distiller`,
+            `text_encoder`.
         is_main_process (`bool`): Whether this process writes.
 
     Returns:
-        `str`: why it could not be written, or `None`.
+        `tuple`: the folders, on the main process, and why they could not be written, or `None`.
     """
+    output, results = Path(output), []
+    parts, whole = output / "weights.partial", output / "pipeline.partial"
     write = _Writer(is_main_process)
-    write.modules(Path(folder), modules)
-    return write.problem
+    write(shutil.rmtree, parts, True)
+    write.modules(parts, modules)
+
+    def finish() -> None:
+        if (parts / "lora").is_dir():
+            replace_folder(parts / "lora", output / "lora")
+            results.append(output / "lora")
+        learned = [path.name for path in parts.iterdir()]
+        if learned:
+            shutil.rmtree(whole, ignore_errors=True)
+            unchanged = [path for path in Path(base).iterdir() if path.name not in learned and path.name[0] != "."]
+            whole.mkdir()
+            for path in unchanged:
+                (shutil.copytree if path.is_dir() else shutil.copyfile)(path, whole / path.name)
+            for name in learned:
+                (parts / name).rename(whole / name)
+            replace_folder(whole, output / "pipeline")
+            results.append(output / "pipeline")
+
+    write(finish)
+    for folder in (parts, whole):
+        write(shutil.rmtree, folder, True)
+    return results, write.problem
 
 
 def load_weights(folder: str | Path, modules: dict[str, nn.Module]) -> None:
-    """Read what [`save_weights`] wrote into the same modules.
+    """Read weights back from the folders of a checkpoint, into the same modules.
 
     Raises:
         ValueError: `folder` holds other parameters of a module.
@@ -153,23 +180,23 @@ class averaged:
 def save_checkpoint(
     folder: str | Path,
     modules: dict[str, nn.Module],
-    heads: nn.Module,
+    others: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    parameters: Iterable[nn.Parameter],
     state: dict,
+    ema: EMAModel | None = None,
+    parameters: Iterable[nn.Parameter] = (),
     is_main_process: bool = True,
 ) -> str | None:
     """Write a checkpoint. All processes of a run have to call it.
 
     Args:
         folder (`str` or `Path`): `checkpoint-N`; its parent is created.
-        modules (`dict[str, nn.Module]`): What learns, as in [`save_weights`].
-        heads (`nn.Module`): The alignment heads.
+        modules (`dict[str, nn.Module]`): What learns, as in [`export`].
+        others (`nn.Module`): Learns, too, and is no part of the pipeline, such as the alignment heads.
         optimizer (`torch.optim.Optimizer`): Its state is saved by index of the parameter.
+        state (`dict`): JSON-serialisable: step, configuration, whatever is needed to go on.
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): Goes to the folder `ema`, in the same layout.
         parameters (`Iterable[nn.Parameter]`): Those of `ema`.
-        state (`dict`): JSON-serialisable: step, configuration, whatever is needed to go on.
         is_main_process (`bool`): Whether this process writes.
 
     Returns:
@@ -185,8 +212,8 @@ def save_checkpoint(
         with averaged(ema, parameters):
             write.modules(temporary / "ema", modules)
         state = state | {"ema_steps": ema.optimization_step}
-    weights = {name: _gather(tensor, is_main_process) for name, tensor in named_weights(heads).items()}
-    write(save_file, weights, temporary / "alignment.safetensors")
+    weights = {name: _gather(tensor, is_main_process) for name, tensor in named_weights(others).items()}
+    write(save_file, weights, temporary / "others.safetensors")
 
     moments, numbers = {}, {}
     for index, entry in optimizer.state_dict()["state"].items():
@@ -218,10 +245,10 @@ def _flush(folder: Path) -> None:
 def load_checkpoint(
     folder: str | Path,
     modules: dict[str, nn.Module],
-    heads: nn.Module,
+    others: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
-    parameters: Iterable[nn.Parameter],
+    ema: EMAModel | None = None,
+    parameters: Iterable[nn.Parameter] = (),
 ) -> dict:
     """Read back what [`save_checkpoint`] wrote, into the same modules and optimizer; returns `state`.
 
@@ -238,9 +265,9 @@ def load_checkpoint(
             shadow.copy_(parameter.detach())
         ema.optimization_step = state["ema_steps"]
     load_weights(folder, modules)
-    targets = named_weights(heads)
+    targets = named_weights(others)
     with torch.no_grad():
-        for name, value in _read(folder / "alignment.safetensors"):
+        for name, value in _read(folder / "others.safetensors"):
             _assign(targets[name], value)
 
     entries: dict[int, dict] = {}

@@ -1,6 +1,7 @@
-"""Optimizers by name; Muon for the matrices inside blocks and AdamW for everything else, as one optimizer."""
+"""Optimizers by name; Muon and AdamW as one optimizer; a schedule over time."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -9,6 +10,17 @@ from torch import nn
 
 OWN_OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 NEED_OTHERS = ("LBFGS", "Muon", "SparseAdam", "Optimizer")  # a closure, matrices alone, sparse gradients, a subclass
+
+
+def warmup_cosine(step: int, warmup_steps: int, progress: float) -> float:
+    """Factor of the learning rate: a linear rise over `warmup_steps`, times a cosine from 1 to 0.02.
+
+    Args:
+        step (`int`): From 0.
+        warmup_steps (`int`): At least 0.
+        progress (`float`): Share of the training that is done, in [0, 1]: of its steps, or of its time.
+    """
+    return min(1.0, (step + 1) / max(warmup_steps, 1)) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:

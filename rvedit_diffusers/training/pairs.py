@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from ..synthetic import SyntheticEdits
-from .data import Bucket, Plan, ScanRecord, content_key, load_pair
+from .data import Bucket, Plan, content_key, load_pair
+from .record import ScanRecord
 from .sampler import generator
 
 
