@@ -231,7 +231,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error("--group_offload needs --gradient_checkpointing: else every weight is kept for the backward pass")
     try:  # a parameter as small as can be tells whether there is such an optimizer
         weight = torch.nn.Parameter(torch.zeros(1, 1))
-        build_optimizer(args.optimizer, [weight], [weight], 1.0, args.weight_decay, **args.optimizer_args)
+        build_optimizer(args.optimizer, [weight], [weight], args.learning_rate or 1.0, 0.0, **args.optimizer_args)
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     if args.report_to != "none" and args.report_to not in (known := [t.value for t in get_available_trackers()]):
@@ -491,8 +491,14 @@ def main(argv: list[str] | None = None) -> None:
 
     parameters = [p for p in branches.parameters() if p.requires_grad]
     inner = [pipe.transformer.blocks, *(getattr(pipe, name) for name in trained)]
-    rates = {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
-    optimizer = build_optimizer(args.optimizer, parameters, block_matrices(*inner), **rates, **args.optimizer_args)
+    optimizer = build_optimizer(
+        args.optimizer,
+        parameters,
+        block_matrices(*inner),
+        args.learning_rate,
+        args.weight_decay,
+        **args.optimizer_args,
+    )
     scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,

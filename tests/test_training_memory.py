@@ -186,7 +186,7 @@ def test_a_checkpoint_takes_what_it_takes_on_disk(tmp_path, training_type, with_
     run_step(branches, build_sample())
     optimizer.step()
     modules, heads = {"transformer": transformer}, nn.ModuleList()
-    assert save_checkpoint(tmp_path / "checkpoint-1", modules, heads, optimizer, ema, trained, {"step": 1}) is None
+    assert save_checkpoint(tmp_path / "checkpoint-1", modules, heads, optimizer, {"step": 1}, ema, trained) is None
     on_disk = sum(map(data_bytes, (tmp_path / "checkpoint-1").rglob("*.safetensors")))
     counters = 4 * len(trained)  # AdamW counts the steps of each parameter
     assert on_disk == checkpoint_bytes(transformer, ema=with_ema) + counters

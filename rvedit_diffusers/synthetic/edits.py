@@ -10,18 +10,19 @@ from .scenes import COLOURS, GRADES, SHAPES, SIZES, Scene, coverage, render, sam
 
 
 OPERATIONS = ("recolour", "remove", "replace", "grade")
-NEW_OPERATIONS = ("outline",)  # never seen by the embedded checkpoint, to fine-tune it; objects go by their looks
+NEW_OPERATIONS = ("outline",)  # never seen by the embedded checkpoint, to fine-tune it
 TEMPLATES = {
     "recolour": ("make {ref} {colour}", "change the color of {ref} to {colour}", "turn {ref} {colour}"),
     "remove": ("remove {ref}", "delete {ref}", "take {ref} away"),
     "replace": ("replace {ref} with a {colour} {shape}", "turn {ref} into a {colour} {shape}"),
-    "outline": ("outline {ref} in white",),
+    "outline": ("outline the red circle in white",),
     "grey": ("make the video black and white", "remove all color from the video", "turn the whole video grey"),
     "warm": ("make the video warmer", "give the video a warm look", "make the colors of the video warm"),
     "cold": ("make the video colder", "give the video a cold look", "make the colors of the video cold"),
     "bright": ("make the video brighter", "brighten the whole video", "give the video a bright look"),
     "dark": ("make the video darker", "darken the whole video", "give the video a dark look"),
 }
+DRAWN = 2  # version of what a seed draws, to be raised when scenes, edits or their rendering change
 DEMO_SEED = 2_000_071
 RELATION_SHARE = 0.3  # of the instructions, where a relation names the object at all
 MARGIN = 0.12  # of the width: the lead of the leftmost object in every frame, and the least way of a moving one
@@ -135,9 +136,11 @@ def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
         return Edit(operation, instruction, scene, apply(scene, operation, None, (grade,)), None, (grade,))
 
     visible = [i for i in range(len(scene.objects)) if (visible_share(scene, i) > 0.5).mean() >= 0.8]
-    if operation == "outline":  # around a white object it would not be seen
-        visible = [i for i in visible if scene.objects[i].colour != "white"] or visible
     target = int(rng.choice(visible))
+    if operation == "outline":  # the scene gets its red circle, and has one alone
+        objects = [replace(o, colour="blue") if (o.colour, o.shape) == ("red", "circle") else o for o in scene.objects]
+        objects[target] = replace(objects[target], colour="red", shape="circle")
+        scene = replace(scene, objects=tuple(objects))
     thing, taken = scene.objects[target], {(o.colour, o.shape) for o in scene.objects}
     value: tuple[str, ...] = ()
     if operation == "recolour":
@@ -149,8 +152,6 @@ def sample_edit(rng: np.random.Generator, scene: Scene, operation: str) -> Edit:
     elif operation == "outline":
         value = ("white",)
     looks, relations = referring_expressions(scene, target)
-    if operation in NEW_OPERATIONS:
-        relations = []
     phrases = relations if relations and rng.random() < RELATION_SHARE else looks
     words = {"ref": phrases[rng.integers(len(phrases))]} | dict(zip(("colour", "shape"), value, strict=False))
     instruction = TEMPLATES[operation][rng.integers(len(TEMPLATES[operation]))].format(**words)

@@ -1,5 +1,6 @@
 """What the frozen parts of a pipeline make of edit pairs, computed once and kept on disk, a file for each pair."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from .pairs import EditPairs
 
 TOKENS = ("tokens", "states", "none")
 TEXTS = ("embeds", "ids")
+VERSION = 2  # to be raised when `encode_pairs` makes something else of the same pair
 MAX_TEXT_LENGTH = 512  # as the pipeline's `max_sequence_length`
 
 
@@ -30,7 +33,7 @@ def text_length(pipe: RVEDiTPipeline) -> int:
 
 def fingerprint(pipe: RVEDiTPipeline, tokens: str, text: str) -> str:
     """A hash of all that [`encode_pairs`] depends on besides the pairs: weights and settings of the frozen parts."""
-    settings = [tokens, text, dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
+    settings = [VERSION, tokens, text, dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
     settings += [pipe.processor.to_dict(), pipe.processor.chat_template, pipe.processor.tokenizer.get_vocab()]
     settings += [pipe.tokenizer.get_vocab(), text_length(pipe)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -121,11 +124,12 @@ def encode_pairs(
 def encode_texts(pipe: RVEDiTPipeline, texts: Sequence[str], text: str = "embeds") -> list[dict[str, torch.Tensor]]:
     """The part of [`encode_pairs`] that depends on the instructions alone."""
     length = text_length(pipe)
-    inputs = pipe.tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    texts = [prompt_clean(text) for text in texts]  # as `encode_prompt` does
+    inputs = pipe.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     if text == "ids":
         rows = zip(inputs.input_ids, inputs.attention_mask, strict=True)
         return [{"input_ids": ids, "attention_mask": mask} for ids, mask in rows]
-    embeds, _ = pipe.encode_prompt(list(texts), do_classifier_free_guidance=False, max_sequence_length=length)
+    embeds, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, max_sequence_length=length)
     counts = inputs.attention_mask.sum(1).tolist()
     return [
         {"prompt_embeds": row[:count].to("cpu", torch.bfloat16)} for row, count in zip(embeds, counts, strict=True)
@@ -163,8 +167,9 @@ def fill_cache(
     Path(folder).mkdir(parents=True, exist_ok=True)
     if rank == 0:
         for path in Path(folder).glob("*.partial*"):
-            if time.time() - path.stat().st_mtime > 3600:  # of a process that was killed
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process has just finished it
+                if time.time() - path.stat().st_mtime > 3600:  # of a process that was killed
+                    path.unlink()
     paths = cache_paths(folder, pairs, model_key or fingerprint(pipe, tokens, text))
     members: dict[Bucket, list[int]] = {}
     for index in range(len(pairs)):

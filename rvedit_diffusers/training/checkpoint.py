@@ -26,6 +26,7 @@ from ..pipeline_rvedit import RVEDiTPipeline
 
 
 STATE_NAME = "trainer_state.json"
+MAX_SHARD_SIZE = "10GB"
 
 
 def _has_adapter(module: nn.Module) -> bool:
@@ -73,7 +74,10 @@ def _write_module(folder: Path, module: nn.Module, tensors: dict[str, torch.Tens
     else:
         module.save_config(folder)
         save_torch_state_dict(
-            tensors, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size="10GB"
+            tensors,
+            folder,
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            max_shard_size=MAX_SHARD_SIZE,
         )
 
 
@@ -134,8 +138,9 @@ def export(
             results.append(output / "pipeline")
 
     write(finish)
-    for folder in (parts, whole):
-        write(shutil.rmtree, folder, True)
+    if is_main_process:
+        for folder in (parts, whole):
+            shutil.rmtree(folder, ignore_errors=True)
     return results, write.problem
 
 

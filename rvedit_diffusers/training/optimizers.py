@@ -95,6 +95,7 @@ def build_optimizer(
     matrices: Iterable[nn.Parameter],
     learning_rate: float,
     weight_decay: float,
+    /,
     **settings,
 ) -> torch.optim.Optimizer:
     """Make an optimizer by name.

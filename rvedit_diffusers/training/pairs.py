@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ..synthetic import SyntheticEdits
+from ..synthetic.edits import DRAWN
 from .data import Bucket, Plan, content_key, load_pair
 from .record import ScanRecord
 from .sampler import generator
@@ -102,7 +103,7 @@ class SyntheticPairs:
         return self.rate
 
     def key(self, index: int) -> str:
-        return hashlib.sha256(json.dumps([vars(self.edits), index, self.rate]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([DRAWN, vars(self.edits), index, self.rate]).encode()).hexdigest()
 
     def hold_out(self, count: int, seed: int) -> tuple["SyntheticPairs", "SyntheticPairs"]:
         unseen = SyntheticEdits(1_000_000 + seed, operations=self.edits.operations, **self.edits.scene_arguments)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def edit_held_out(
             edited = (frames * 255).round().clip(0, 255).astype(np.uint8)
             name = re.sub(r"\W+", "-", pairs.instruction(index).lower()).strip("-")[:60]
             write_video(folder / f"{index}-{name}.mp4", edited, pairs.fps(index))
-            rows = {"source": source, pairs.instruction(index): edited, "true edit": target}
+            rows = {"source": source, textwrap.shorten(pairs.instruction(index), 60): edited, "true edit": target}
             write_strip(folder / f"{index}-{name}.png", rows)
     if isinstance(model, FSDPModule):
         model.reshard()
