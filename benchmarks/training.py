@@ -10,7 +10,8 @@ Three kinds of step take turns in one process, on the same random weights and ra
 - naive: the reference branch is a second whole branch, with all blocks and a flow matching loss of its own, and the
   gradient flows through both.
 
-Encoders and distiller do not run: their tokens come from the cache. FLOPs are those of matrix products, attention and
+On a CPU, seconds are the process' own, summed over its threads: other programs do not add to them. Encoders and
+distiller do not run: their tokens come from the cache. FLOPs are those of matrix products, attention and
 convolutions, counted on tensors without data. Memory is the peak of a step with all weights and optimizer states:
 measured on CUDA, else what `training.memory` estimates for an accelerator. `--device meta` runs no step.
 """
@@ -230,12 +231,13 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
     optimizer = build_optimizer("adamw", parameters, [], learning_rate=1e-5, weight_decay=0.01)
     on_cuda = args.device.type == "cuda"
     seconds, memory = {name: [] for name in STEPS}, {}
+    clock = time.perf_counter if on_cuda else time.process_time
     for turn in tqdm(range(args.steps + 1), unit="turn"):
         for name in STEPS:
             if on_cuda:
                 torch.cuda.synchronize(args.device)
                 torch.cuda.reset_peak_memory_stats(args.device)
-            started = time.perf_counter()
+            started = clock()
             step_loss(branches[name], batches[name]).backward()
             nn.utils.clip_grad_norm_(parameters, 1.0).item()
             optimizer.step()
@@ -244,7 +246,7 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
                 torch.cuda.synchronize(args.device)
                 memory[name] = torch.cuda.max_memory_allocated(args.device)
             if turn:  # the first one warms up
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds, memory
 
 

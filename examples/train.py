@@ -21,7 +21,6 @@ from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
@@ -30,7 +29,6 @@ from diffusers import AutoencoderKLWan
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo, upload_folder
-from PIL import Image
 from tqdm import tqdm
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTTransformer3DModel
@@ -68,7 +66,7 @@ from rvedit_diffusers.training.plots import plot_losses
 from rvedit_diffusers.training.record import ScanRecord
 from rvedit_diffusers.training.sampler import BatchSampler, derive_seed
 from rvedit_diffusers.training.samples import Draws, MLLMCollator, Samples, numbered_batches
-from rvedit_diffusers.training.validation import FixedDraws, edit_held_out, gradient_norms, held_out_loss
+from rvedit_diffusers.training.validation import FixedDraws, edit_held_out, gradient_norms, held_out_loss, log_edits
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_diffusers")
@@ -544,19 +542,10 @@ def main(argv: list[str] | None = None) -> None:
                 pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)
                 shown = (held_out, cached[1]) if len(held_out) else (pairs, cached[0])
                 folder = args.output / "validation" / f"step-{step:06d}"
-                log_images(
-                    edit_held_out(accelerator, model, pipe, *shown, null_text, args.num_validation_edits, folder)
-                )
+                wanted = (null_text, args.num_validation_edits, folder)
+                log_edits(accelerator, edit_held_out(accelerator, model, pipe, *shown, *wanted), step)
                 pipe.vae = None
         return metrics
-
-    def log_images(paths: list[Path]) -> None:
-        for tracker in accelerator.trackers:
-            if tracker.name == "tensorboard":
-                images = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in paths}
-                tracker.log_images(images, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({"validation": [Image.open(path) for path in paths]}, step)
 
     def save(folder: Path) -> None:
         """Write a checkpoint on all processes together, or end with the reason why it cannot be written."""

@@ -1,4 +1,5 @@
 import csv
+import gc
 import json
 import math
 import os
@@ -14,9 +15,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from components import build_pipeline, build_transformer, make_clip
+from diffusers import AutoencoderKLWan
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.backends import cuda
+from transformers import PreTrainedModel
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train.py"
@@ -311,6 +315,29 @@ def test_full_training_learns_the_queries_through_the_mllm(model, cache, tmp_pat
         assert torch.equal(tensor, after.mllm.state_dict()[key]), key
 
 
+def test_encoders_are_not_in_memory_while_training(model, cache, tmp_path, monkeypatch):
+    kinds = (AutoencoderKLWan, PreTrainedModel, RVEDiTTokenDistiller)
+
+    def encoders():
+        gc.collect()
+        return {id(item): type(item).__name__ for item in gc.get_objects() if isinstance(item, kinds)}
+
+    class Meter(train.LossMeter):  # made right before the loop
+        def __init__(self, device):
+            super().__init__(device)
+            alive.update({key: name for key, name in encoders().items() if key not in before})
+
+    before, alive = encoders(), {}
+    monkeypatch.setattr(train, "LossMeter", Meter)
+    run(model, cache, tmp_path / "live", "--max_train_steps=1", *QUIET, *ALL)
+    assert {"RVEDiTTokenDistiller", "Qwen2_5_VLForConditionalGeneration"} <= set(alive.values())
+    alive.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = encoders()
+    run(model, cache, tmp_path / "cached", "--max_train_steps=1", *QUIET, *LORA)
+    assert set(alive.values()) == set()
+
+
 def test_training_lowers_the_loss(model, cache, tmp_path):
     options = ("--max_train_steps=30", "--align_weight=0", "--mixed_precision=no", "--drop_all=0", "--sigma_shift=1")
     flow = [entry["flow"] for entry in run(model, cache, tmp_path, *options, *QUIET, *FULL)]
@@ -420,7 +447,10 @@ def test_validation_logs_losses_and_shows_edits(model, cache, tmp_path):
         clips = sorted((tmp_path / "validation" / step).glob("*.mp4"))
         assert [read_video(clip).frames.shape for clip in clips] == [(5, 32, 32, 3)] * 2
         assert len(list((tmp_path / "validation" / step).glob("*.png"))) == 2
-    assert list(tmp_path.rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(tmp_path / "rvedit"), {"images": 0}).Reload()
+    assert {"flow", "align", "validation_flow"} <= set(events.Tags()["scalars"])
+    shown = {tag.partition(" ")[0]: event for tag in events.Tags()["images"] for event in events.Images(tag)}
+    assert shown["clip"].encoded_image_string.startswith(b"GIF") and len(events.Tags()["images"]) == 4
 
 
 def test_validation_does_not_change_what_is_learned(model, cache, tmp_path):
@@ -548,66 +578,74 @@ def test_a_model_that_is_no_pipeline_is_refused(tmp_path, capsys, name):
     assert error.value.code == 2 and "--model" in capsys.readouterr().err
 
 
-class TestTwoProcesses:
-    """The same script on two processes, which talk through gloo."""
+# The same script on two processes, which talk through gloo. One worker has all of these tests, as each launches anew.
+on_one_worker = pytest.mark.xdist_group("two processes")
+TWO_PROCESSES = ("--max_train_steps=6", "--mixed_precision=no", "--report_to=none", "--validation_steps=3")
 
-    OPTIONS = ("--max_train_steps=6", "--mixed_precision=no", "--report_to=none", "--validation_steps=3")
-    BATCH = "--train_batch_size=2"
 
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory, model):
-        """`single` of one process; `ddp`, `parts` (3 steps, then 3 more) and `fsdp2` of two."""
-        folder = tmp_path_factory.mktemp("runs")
-        cache, launches = folder / "cache", {"ddp": [], "fsdp2": []}
-        for kind, options in (("lora", LORA), ("full", (*FULL, "--train_distiller=connectors"))):
-            run(model, cache, folder / kind / "single", *self.OPTIONS, *options)
-            AcceleratorState._reset_state(reset_partial_state=True)
-            ddp, parts, fsdp2 = (
-                arguments(model, cache, folder / kind / name, *self.OPTIONS, *options, self.BATCH)
-                for name in ("ddp", "parts", "fsdp2")
-            )
-            again = [*parts, "--resume_from_checkpoint=latest", "--allow_config_change"]
-            launches["ddp"] += [ddp, [*parts, "--max_train_steps=3"], again]
-            launches["fsdp2"].append(fsdp2)
-        for wrapper, runs in launches.items():
-            self.launch(wrapper, runs)
-        return folder
-
-    def launch(self, wrapper, runs):
-        worker = Path(__file__).with_name("train_worker.py")
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
-        done = subprocess.run(
-            [*command, wrapper, json.dumps([list(map(str, argv)) for argv in runs])],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+@pytest.fixture(scope="module")
+def runs_of_two(tmp_path_factory, model):
+    """`single` of one process; `ddp`, `parts` (3 steps, then 3 more) and `fsdp2` of two."""
+    folder = tmp_path_factory.mktemp("runs")
+    cache, launches = folder / "cache", {"ddp": [], "fsdp2": []}
+    for kind, options in (("lora", LORA), ("full", (*FULL, "--train_distiller=connectors"))):
+        run(model, cache, folder / kind / "single", *TWO_PROCESSES, *options)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        ddp, parts, fsdp2 = (
+            arguments(model, cache, folder / kind / name, *TWO_PROCESSES, *options, "--train_batch_size=2")
+            for name in ("ddp", "parts", "fsdp2")
         )
-        assert done.returncode == 0, done.stderr[-3000:]
+        again = [*parts, "--resume_from_checkpoint=latest", "--allow_config_change"]
+        launches["ddp"] += [ddp, [*parts, "--max_train_steps=3"], again]
+        launches["fsdp2"].append(fsdp2)
+    for wrapper, runs in launches.items():
+        launch(wrapper, runs)
+    return folder
 
-    @pytest.mark.parametrize("kind", ["lora", "full"])
-    @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-    def test_losses_are_those_of_one_process(self, folder, kind, wrapper):
-        single, double = read_log(folder / kind / "single"), read_log(folder / kind / wrapper)
-        for first, second in zip(single, double, strict=True):
-            for name in {"flow", "align", "gradient_norm", "validation_flow"} & first.keys():
-                assert first[name] == pytest.approx(second[name], rel=1e-3), (first["step"], name)
 
-    @pytest.mark.parametrize("kind", ["lora", "full"])
-    def test_resumed_equals_uninterrupted_bit_for_bit(self, folder, kind):
-        assert_equal(folder / kind / "ddp" / "checkpoint-6", folder / kind / "parts" / "checkpoint-6")
+def launch(wrapper, runs):
+    worker = Path(__file__).with_name("train_worker.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker]
+    done = subprocess.run(
+        [*command, wrapper, json.dumps([list(map(str, argv)) for argv in runs])],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
-    @pytest.mark.parametrize("kind", ["lora", "full"])
-    @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-    def test_one_process_goes_on_from_a_checkpoint_of_two(self, folder, model, tmp_path, kind, wrapper):
-        options = LORA if kind == "lora" else (*FULL, "--train_distiller=connectors")
-        checkpoint = f"--resume_from_checkpoint={folder / kind / wrapper / 'checkpoint-3'}"
-        run(model, folder / "cache", tmp_path, *self.OPTIONS, *options, checkpoint)
-        single, gone_on = tensors(folder / kind / "single" / "checkpoint-6"), tensors(tmp_path / "checkpoint-6")
-        assert single.keys() == gone_on.keys()
-        for name, tensor in single.items():
-            torch.testing.assert_close(gone_on[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
 
-    @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-    def test_every_edit_is_shown_once(self, folder, wrapper):
-        names = [path.name for path in sorted((folder / "lora" / wrapper / "validation").rglob("*.mp4"))]
-        assert names == [path.name for path in sorted((folder / "lora" / "single" / "validation").rglob("*.mp4"))]
+@on_one_worker
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_losses_of_two_processes_are_those_of_one_process(runs_of_two, kind, wrapper):
+    single, double = read_log(runs_of_two / kind / "single"), read_log(runs_of_two / kind / wrapper)
+    for first, second in zip(single, double, strict=True):
+        for name in {"flow", "align", "gradient_norm", "validation_flow"} & first.keys():
+            assert first[name] == pytest.approx(second[name], rel=1e-3), (first["step"], name)
+
+
+@on_one_worker
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_processes_resumed_equal_uninterrupted_bit_for_bit(runs_of_two, kind):
+    assert_equal(runs_of_two / kind / "ddp" / "checkpoint-6", runs_of_two / kind / "parts" / "checkpoint-6")
+
+
+@on_one_worker
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_one_process_goes_on_from_a_checkpoint_of_two(runs_of_two, model, tmp_path, kind, wrapper):
+    options = LORA if kind == "lora" else (*FULL, "--train_distiller=connectors")
+    checkpoint = f"--resume_from_checkpoint={runs_of_two / kind / wrapper / 'checkpoint-3'}"
+    run(model, runs_of_two / "cache", tmp_path, *TWO_PROCESSES, *options, checkpoint)
+    single, gone_on = tensors(runs_of_two / kind / "single" / "checkpoint-6"), tensors(tmp_path / "checkpoint-6")
+    assert single.keys() == gone_on.keys()
+    for name, tensor in single.items():
+        torch.testing.assert_close(gone_on[name], tensor, rtol=1e-2, atol=1e-3, msg=name)
+
+
+@on_one_worker
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_two_processes_show_every_edit_once(runs_of_two, wrapper):
+    names = [path.name for path in sorted((runs_of_two / "lora" / wrapper / "validation").rglob("*.mp4"))]
+    assert names == [path.name for path in sorted((runs_of_two / "lora" / "single" / "validation").rglob("*.mp4"))]

@@ -290,7 +290,7 @@ def test_every_edit_has_a_clip_and_a_strip(accelerator, build_cache, tmp_path, n
     names = [strip.stem for strip in strips]
     assert [int(name.partition("-")[0]) for name in names] == list(range(count))
     assert {path.name for path in strips[0].parent.iterdir()} == {
-        f"{n}.{kind}" for n in names for kind in ("mp4", "png")
+        f"{n}.{kind}" for n in names for kind in ("gif", "mp4", "png")
     }
 
 

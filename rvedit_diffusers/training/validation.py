@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
+from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -127,6 +128,30 @@ def gradient_norms(
     return norms
 
 
+def log_edits(accelerator: Accelerator, strips: Sequence[Path], step: int) -> None:
+    """Hand edits to the trackers that take pictures: strips, and to TensorBoard the clips, too.
+
+    Args:
+        accelerator (`Accelerator`): Whose trackers were begun.
+        strips (`Sequence[Path]`): What [`edit_held_out`] returned.
+        step (`int`): Of the training.
+    """
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            from tensorboard.compat.proto.summary_pb2 import Summary
+
+            images = {path.stem: np.asarray(Image.open(path).convert("RGB"))[None] for path in strips}
+            tracker.log_images(images, step, dataformats="NHWC")
+            for path in strips:
+                clip = path.with_suffix(".gif")
+                width, height = Image.open(clip).size
+                image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=clip.read_bytes())
+                summary = Summary(value=[Summary.Value(tag=f"clip {path.stem}", image=image)])
+                tracker.writer.file_writer.add_summary(summary, step)
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": [Image.open(path) for path in strips]}, step)
+
+
 @torch.no_grad()
 def edit_held_out(
     accelerator: Accelerator,
@@ -148,8 +173,8 @@ def edit_held_out(
         pairs ([`EditPairs`]), cached ([`CachedPairs`]): The clips, instructions and true edits.
         null_text (`dict[str, torch.Tensor]`): See [`Samples`].
         num_edits (`int`): Of the first pairs.
-        folder (`str` or `Path`): Gets `0-make-it-blue.mp4`, the edit, and `0-make-it-blue.png`, frames of the source,
-            the edit and the true edit below each other.
+        folder (`str` or `Path`): Gets `0-make-it-blue.mp4`, the edit; `0-make-it-blue.png`, frames of the source, the
+            edit and the true edit below each other; and `0-make-it-blue.gif`, the three side by side.
 
     Returns:
         `list[Path]`: all strips, on every process.
@@ -189,6 +214,9 @@ def edit_held_out(
             write_video(folder / f"{index}-{name}.mp4", edited, pairs.fps(index))
             rows = {"source": source, textwrap.shorten(pairs.instruction(index), 60): edited, "true edit": target}
             write_strip(folder / f"{index}-{name}.png", rows)
+            images = [Image.fromarray(np.concatenate(frames, axis=1)) for frames in zip(source, edited, target)]
+            duration = round(1000 / pairs.fps(index))
+            images[0].save(folder / f"{index}-{name}.gif", append_images=images[1:], duration=duration, loop=0)
     if isinstance(model, FSDPModule):
         model.reshard()
     model.train()
