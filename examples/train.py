@@ -340,9 +340,13 @@ def unsupported(args: argparse.Namespace, accelerator: Accelerator) -> str | Non
         return "--layerwise_casting and --optimizer muon need whole weights, which FSDP2 shares out"
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         return "FSDP has to be of version 2: see examples/accelerate/fsdp2.yaml"
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return "DeepSpeed is not supported: FSDP2 shares out weights, gradients and state alike"
+    if is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return "DeepSpeed has to be of ZeRO stage 1 or 2: FSDP2 shares out weights, too"
     return None
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
 def fail(message: str, status: int = 1) -> None:
@@ -369,6 +373,14 @@ def main(argv: list[str] | None = None) -> None:
     )
     if problem := unsupported(args, accelerator):
         fail(problem, 2)
+    if is_deepspeed(accelerator):
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_clipping": args.max_grad_norm,
+            "zero_allow_untested_optimizer": True,
+            "bf16": {"enabled": False},  # what learns stays in float32, as everywhere
+            "torch_autocast": {"enabled": args.mixed_precision == "bf16", "dtype": "bfloat16"},
+        }
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
     torch.manual_seed(args.seed)  # of what begins at random
@@ -503,13 +515,16 @@ def main(argv: list[str] | None = None) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    model, optimizer = accelerator.prepare(branches, optimizer, device_placement=[not args.group_offload, True])
+    model, optimizer = accelerator.prepare(
+        branches, optimizer, device_placement=[False, True] if args.group_offload else None
+    )
     parameters = [p for p in branches.parameters() if p.requires_grad]  # FSDP2 puts its own in their place
     averages = [p for name, module in modules.items() for p in module.parameters() if p.requires_grad]
     ema = EMAModel(averages, args.ema_decay) if args.ema_decay else None
+    engine = model if is_deepspeed(accelerator) else None
     step, spent, nonfinite, nonfinite_in_a_row = 0, 0.0, 0, 0
     if args.resume_from_checkpoint is not None:
-        state = load_checkpoint(args.resume_from_checkpoint, modules, branches.heads, optimizer, ema, averages)
+        state = load_checkpoint(args.resume_from_checkpoint, modules, branches.heads, optimizer, ema, averages, engine)
         scheduler.load_state_dict(state["lr_scheduler"])
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -536,7 +551,7 @@ def main(argv: list[str] | None = None) -> None:
         with averaged(ema, averages):
             if len(held_out):
                 metrics = held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size)
-                if args.align_weight > 0:
+                if args.align_weight > 0 and engine is None:  # DeepSpeed makes a step of every backward pass
                     metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate)
             if args.num_validation_edits:
                 pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)
@@ -562,7 +577,9 @@ def main(argv: list[str] | None = None) -> None:
                 for name in ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_diffusers")
             },
         }
-        problem = save_checkpoint(folder, modules, branches.heads, optimizer, state, ema, averages, main_process)
+        problem = save_checkpoint(
+            folder, modules, branches.heads, optimizer, state, ema, averages, main_process, engine
+        )
         problem = broadcast_object_list([problem])[0] if num_processes > 1 else problem
         if problem is not None:
             free = shutil.disk_usage(args.output).free / 2**30
@@ -609,13 +626,15 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             # The norm is that of all processes, so they agree on whether it is finite. To know it costs one wait for
             # the device a step.
-            norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf).item()
+            norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
             if math.isfinite(norm):
                 optimizer.step()
                 nonfinite_in_a_row = 0
                 if ema is not None:
                     ema.step(averages)
             else:
+                if engine is not None:
+                    fail(f"step {step + 1} had no finite gradient, and DeepSpeed has used it; go on from a checkpoint")
                 nonfinite, nonfinite_in_a_row = nonfinite + 1, nonfinite_in_a_row + 1
             scheduler.step()
             optimizer.zero_grad()

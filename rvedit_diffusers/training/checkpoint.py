@@ -191,6 +191,7 @@ def save_checkpoint(
     ema: EMAModel | None = None,
     parameters: Iterable[nn.Parameter] = (),
     is_main_process: bool = True,
+    engine=None,
 ) -> str | None:
     """Write a checkpoint. All processes of a run have to call it.
 
@@ -203,6 +204,8 @@ def save_checkpoint(
         ema ([`~diffusers.training_utils.EMAModel`], *optional*): Goes to the folder `ema`, in the same layout.
         parameters (`Iterable[nn.Parameter]`): Those of `ema`.
         is_main_process (`bool`): Whether this process writes.
+        engine (`deepspeed.DeepSpeedEngine`, *optional*): Writes the optimizer's state in DeepSpeed's own format, which
+            is read by as many processes.
 
     Returns:
         `str`: why it could not be written, or `None`. What was begun is removed then.
@@ -221,7 +224,11 @@ def save_checkpoint(
     write(save_file, weights, temporary / "others.safetensors")
 
     moments, numbers = {}, {}
-    for index, entry in optimizer.state_dict()["state"].items():
+    if engine is not None:
+        torch.distributed.barrier()  # the folder is there
+        engine.save_checkpoint(str(temporary / "deepspeed"), tag="state", exclude_frozen_parameters=True)
+        torch.distributed.barrier()
+    for index, entry in ({} if engine is not None else optimizer.state_dict()["state"]).items():
         for name, value in entry.items():
             if isinstance(value, torch.Tensor):
                 moments[f"{index}.{name}"] = _gather(value, is_main_process)
@@ -254,6 +261,7 @@ def load_checkpoint(
     optimizer: torch.optim.Optimizer,
     ema: EMAModel | None = None,
     parameters: Iterable[nn.Parameter] = (),
+    engine=None,
 ) -> dict:
     """Read back what [`save_checkpoint`] wrote, into the same modules and optimizer; returns `state`.
 
@@ -275,6 +283,9 @@ def load_checkpoint(
         for name, value in _read(folder / "others.safetensors"):
             _assign(targets[name], value)
 
+    if engine is not None:
+        engine.load_checkpoint(str(folder / "deepspeed"), tag="state", load_module_strict=False)
+        return state
     entries: dict[int, dict] = {}
     for name, value in [*_read(folder / "optimizer.safetensors"), *state["optimizer"].items()]:
         index, key = name.split(".", 1)
