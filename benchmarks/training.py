@@ -25,8 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -35,6 +33,7 @@ from tqdm import tqdm
 
 from rvedit_diffusers import RVEDiTTransformer3DModel
 from rvedit_diffusers.losses import flow_matching_loss
+from rvedit_diffusers.training.adapters import add_lora
 from rvedit_diffusers.training.branches import EditingBranches
 from rvedit_diffusers.training.memory import estimate_memory
 from rvedit_diffusers.training.optimizers import build_optimizer
@@ -43,8 +42,6 @@ from rvedit_diffusers.training.samples import Draws
 
 STEPS = ("plain", "align", "naive")
 ALIGN_WEIGHT = 0.05
-LORA_RANK = 32
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
 # Not every version of PyTorch knows the FLOPs of the CPU's fused attention.
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
 flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
@@ -67,9 +64,9 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(4, 64, 512, 3, 16, (4, 16, 16), text_dim=64, num_text=16, num_edit=8, num_visual=16),
+    "tiny": Preset(4, 64, 512, 3, latent_size=(4, 16, 16), text_dim=64, num_text=16, num_edit=8, num_visual=16),
     # as deep as Wan 1.3B, so that the reference branch runs through the same share of the blocks
-    "small": Preset(5, 64, 1920, 30, 16, (9, 32, 32), text_dim=512, num_text=64, num_edit=32, num_visual=128),
+    "small": Preset(5, 64, 1920, 30, latent_size=(9, 32, 32), text_dim=512, num_text=64, num_edit=32, num_visual=128),
     "wan-1.3b": Preset(12, 128, 8960, 30),
     "wan-5b": Preset(24, 128, 14336, 30, channels=48, latent_size=(21, 30, 52)),
     "wan-14b": Preset(40, 128, 13824, 40),
@@ -160,9 +157,7 @@ def build_branches(args: argparse.Namespace, device: torch.device) -> dict[str, 
             for name, parameter in transformer.named_parameters():
                 if not set(name.split(".")) & set(transformer._keep_in_fp32_modules):
                     parameter.data = parameter.data.bfloat16()
-            transformer.requires_grad_(False)
-            transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=LORA_TARGETS))
-            cast_training_params(transformer, torch.float32)
+            add_lora(transformer)
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         align = EditingBranches(transformer, align_blocks=args.align_blocks).train()
@@ -228,7 +223,7 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
     if args.compile:
         branches["plain"].transformer.compile_repeated_blocks()
     parameters = [parameter for parameter in branches["plain"].parameters() if parameter.requires_grad]
-    optimizer = build_optimizer("adamw", parameters, [], learning_rate=1e-5, weight_decay=0.01)
+    optimizer = build_optimizer("adamw", parameters, [], 1e-5, 0.01)
     on_cuda = args.device.type == "cuda"
     seconds, memory = {name: [] for name in STEPS}, {}
     clock = time.perf_counter if on_cuda else time.process_time

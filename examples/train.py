@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+from datetime import timedelta
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, send_to_device
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
@@ -368,8 +369,12 @@ def main(argv: list[str] | None = None) -> None:
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output,
-        # the alignment heads rest in steps without the reference branch
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            # the alignment heads rest in steps without the reference branch
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # all wait while the main process scans the files
+            InitProcessGroupKwargs(timeout=timedelta(hours=12)),
+        ],
     )
     if problem := unsupported(args, accelerator):
         fail(problem, 2)
@@ -452,6 +457,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         with accelerator.main_process_first():
             null_text = cached_null_text(pipe, args.cache_dir, text, model_key, device)
+    pipe.remove_all_hooks()
     trained = ["distiller"] * (args.train_distiller != "none") + ["text_encoder"] * args.train_text_encoder
     for name in {"vae", "mllm", "distiller", "text_encoder"}.difference(trained, ["mllm"] * is_live):
         setattr(pipe, name, None)

@@ -581,6 +581,7 @@ def test_a_model_that_is_no_pipeline_is_refused(tmp_path, capsys, name):
 # The same script on two processes, which talk through gloo. One worker has all of these tests, as each launches anew.
 on_one_worker = pytest.mark.xdist_group("two processes")
 TWO_PROCESSES = ("--max_train_steps=6", "--mixed_precision=no", "--report_to=none", "--validation_steps=3")
+TWO_PROCESSES += ("--ema_decay=0.9",)
 
 
 @pytest.fixture(scope="module")
@@ -654,7 +655,7 @@ def test_two_processes_show_every_edit_once(runs_of_two, wrapper):
 @pytest.mark.slow
 def test_deepspeed_trains_as_one_process_does_and_goes_on_bit_for_bit(model, tmp_path):
     pytest.importorskip("deepspeed")
-    options = (*TWO_PROCESSES, "--ema_decay=0.9", *LORA)
+    options = (*TWO_PROCESSES, *LORA)
     run(model, tmp_path / "cache", tmp_path / "single", *options)
     whole, parts = (
         arguments(model, tmp_path / "cache", tmp_path / name, *options, "--train_batch_size=2")

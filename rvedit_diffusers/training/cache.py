@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.torch_utils import get_module_execution_device
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -103,7 +104,7 @@ def encode_pairs(
     if tokens != "none":
         rates = [pairs.fps(index) for index in indices]
         for prefix, clips in (("", sources), ("reference_", edited)):
-            inputs = pipe.processor(list(clips), texts, fps=rates).to(pipe.mllm.device)
+            inputs = pipe.processor(list(clips), texts, fps=rates).to(get_module_execution_device(pipe.mllm))
             edit, visual, positions, mask = pipe.distiller.harvest(pipe.mllm, inputs)
             assert mask is None  # clips of one size have equally many visual tokens
             if tokens == "tokens":
@@ -159,7 +160,8 @@ def fill_cache(
         batch_size (`int`, defaults to 1): Pairs that are encoded together.
         rank, num_processes (`int`): Processes that fill one folder together take turns.
         model_key (`str`, *optional*): What [`fingerprint`] returns for these arguments, where it is known already.
-        device (`torch.device`, *optional*): The pipeline is moved there if there is something to encode.
+        device (`torch.device`, *optional*): The pipeline is moved there if there is something to encode, or its parts
+            are in turns if a GPU cannot hold them all.
 
     Returns:
         `list[Path]`: The file of each pair.
@@ -182,11 +184,20 @@ def fill_cache(
     ][rank::num_processes]
     missing = [batch for batch in ([i for i in batch if not paths[i].exists()] for batch in batches) if batch]
     if missing and device is not None:
-        pipe.to(device)
+        _move_encoders(pipe, device)
     for indices in tqdm(missing, desc="encoding", unit="batch", disable=rank > 0 or not missing):
         for index, sample in zip(indices, encode_pairs(pipe, pairs, indices, tokens, text), strict=True):
             _write(paths[index], sample)
     return paths
+
+
+def _move_encoders(pipe: RVEDiTPipeline, device: torch.device) -> None:
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    size = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    if device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info(device)[0]:
+        pipe.enable_model_cpu_offload(device=device)  # one after the other
+    else:
+        pipe.to(device)
 
 
 def cached_null_text(
@@ -200,7 +211,7 @@ def cached_null_text(
     path = Path(folder) / f"{hashlib.sha256(f'{model_key}no instruction'.encode()).hexdigest()}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if device is not None:
+        if device is not None and get_module_execution_device(pipe.text_encoder) != device:
             pipe.text_encoder.to(device)
         _write(path, encode_texts(pipe, [""], text)[0])
     return _read(path, text_length(pipe))
