@@ -1,10 +1,11 @@
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.hooks import SeaCacheConfig
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -308,6 +309,10 @@ class RVEDiTTransformerBlock(nn.Module):
         return hidden_states
 
 
+def _noisy_latents(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    return list(args[0] if args else kwargs["hidden_states"])
+
+
 class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
     r"""
     The diffusion transformer of RVEDiT (arXiv 2605.24674): Wan's blocks with granularity-routed token conditioning.
@@ -316,7 +321,9 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
     `deep_tokens`. Where the two models coincide, parameter names and numerics are those of
     [`~diffusers.WanTransformer3DModel`]. The latents of the source clip are embedded by `source_embedding`, a
     zero-initialised convolution whose output is added to that of `patch_embedding`: algebraically the concatenation of
-    noisy and source latents on channels with extra input channels that start at zero.
+    noisy and source latents on channels with extra input channels that start at zero. Editing tokens are read relative
+    to `edit_bias`, which starts at zero; a converted base has what it knows as padding of its text there, so that the
+    null condition, tokens of zeros, is the one that it was trained with.
 
     Args:
         patch_size (`tuple[int, int, int]`, defaults to `(1, 2, 2)`):
@@ -437,12 +444,27 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             ]
         )
 
-        # 4. Output norm & projection
+        # 4. Origin of the editing tokens: zero tokens, the null condition, stand for it
+        self.edit_bias = None
+        if any("edit" in block.tokens for block in self.blocks):
+            self.edit_bias = nn.Parameter(torch.zeros(inner_dim))
+
+        # 5. Output norm & projection
         self.norm_out = FP32LayerNorm(inner_dim, eps, elementwise_affine=False)
         self.proj_out = nn.Linear(inner_dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, inner_dim) / inner_dim**0.5)
 
         self.gradient_checkpointing = False
+
+    def enable_cache(self, config) -> None:
+        r"""
+        As [`~diffusers.CacheMixin.enable_cache`], but a [`~diffusers.SeaCacheConfig`] without `raw_vision_callback`
+        watches the noisy latents.
+        """
+        if isinstance(config, SeaCacheConfig) and config.raw_vision_callback is None:
+            # diffusers knows where its own classes have them (hooks/sea_cache.py:1005), others would skip nothing
+            config = replace(config, raw_vision_callback=_noisy_latents)
+        super().enable_cache(config)
 
     @apply_lora_scale("attention_kwargs")
     def forward(
@@ -541,7 +563,11 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         )
         timestep_proj = timestep_proj.unflatten(2, (6, -1))  # (batch, 1 or seq, 6, dim)
 
-        # 4. Transformer blocks
+        # 4. Editing tokens
+        if edit_hidden_states is not None and self.edit_bias is not None:
+            edit_hidden_states = edit_hidden_states + self.edit_bias.to(edit_hidden_states)
+
+        # 5. Transformer blocks
         features = {}
         for index, block in enumerate(self.blocks):
             block_args = (
@@ -565,7 +591,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 break
         features = None if return_features is None else tuple(features[index] for index in return_features)
 
-        # 5. Output norm, projection & unpatchify
+        # 6. Output norm, projection & unpatchify
         sample = None
         if stop_after_block is None:
             # With the model spread over devices, the table and the embedding are not where the last block is.

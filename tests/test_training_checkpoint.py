@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rvedit_diffusers import RVEDiTTokenDistiller, RVEDiTTransformer3DModel
+from rvedit_diffusers.files import replace_folder
 from rvedit_diffusers.training.adapters import add_lora
 from rvedit_diffusers.training.checkpoint import (
     averaged,
@@ -21,7 +22,6 @@ from rvedit_diffusers.training.checkpoint import (
     prune_checkpoints,
     read_log,
     read_state,
-    replace_folder,
     save_checkpoint,
 )
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from ..files import replace_folder
 from ..pipeline_rvedit import RVEDiTPipeline
 
 
@@ -327,16 +328,6 @@ def prune_checkpoints(output: str | Path, limit: int | None) -> None:
     for name in ("checkpoint-*.old", "checkpoint-*.partial"):
         for path in Path(output).glob(name):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def replace_folder(new: Path, folder: Path) -> None:
-    """Rename `new` to `folder`; whatever `folder` was before stays on disk until that has happened."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def differences(before: dict, after: dict) -> list[str]:

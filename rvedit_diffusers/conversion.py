@@ -1,0 +1,509 @@
+"""From a Wan text-to-video model and a Qwen-VL to the folder of an [`RVEDiTPipeline`], a shard at a time."""
+
+import fnmatch
+import inspect
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import WanTransformer3DModel
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import AutoConfig
+
+from .distiller_rvedit import RVEDiTTokenDistiller
+from .files import replace_folder
+from .processing_rvedit import RVEDiTProcessor
+from .transformer_rvedit import RVEDiTTransformer3DModel
+
+
+SUPPORTED_WAN = (
+    "supported are text-to-video models of one transformer in diffusers' layout: Wan-AI/Wan2.1-T2V-1.3B-Diffusers,"
+    " Wan-AI/Wan2.1-T2V-14B-Diffusers and Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+)
+SUPPORTED_MLLM = "supported are Qwen2.5-VL (3B, 7B) and Qwen3-VL (2B, 4B, 8B)"
+MLLM_CLASSES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
+UNCHANGED = ("tokenizer", "text_encoder", "vae", "scheduler")  # of the Wan pipeline
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+WEIGHTS = "*.safetensors"
+DEFAULT_MAX_AREA = {8: 480 * 832, 16: 704 * 1280}  # what the bases were trained at, by the VAE's spatial factor
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 50, 5.0  # Wan's own
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
+TEXT_PROJECTION = ("1.bias", "2.weight", "2.bias")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """
+    What becomes of the parameters of a Wan transformer, each with its shape, by name.
+
+    Args:
+        mapped (`dict[str, tuple[int, ...]]`): those that the RVEDiT transformer has, too, under the same name.
+        new (`dict[str, tuple[int, ...]]`): those that it has besides.
+        dropped (`dict[str, tuple[int, ...]]`): those that it has not.
+    """
+
+    mapped: dict[str, tuple[int, ...]]
+    new: dict[str, tuple[int, ...]]
+    dropped: dict[str, tuple[int, ...]]
+
+    def counts(self) -> dict[str, int]:
+        """How many numbers `mapped`, `new` and `dropped` hold."""
+        return {name: sum(map(math.prod, shapes.values())) for name, shapes in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """
+    What is known of a conversion from the configurations alone; see [`plan_conversion`].
+
+    Args:
+        wan, mllm (`str`): the two models, Hub ids or folders.
+        wan_folder, mllm_folder (`Path`): where their small files are.
+        wan_index (`dict`): `model_index.json` of the Wan pipeline.
+        wan_config (`dict`), config (`dict`): configurations of its transformer and of the RVEDiT transformer.
+        vae_config (`dict`): configuration of the VAE.
+        mllm_class (`str`): the MLLM's class in transformers.
+        distiller_config (`dict`): configuration of the distiller.
+        parameters ([`Parameters`]): of the transformer.
+    """
+
+    wan: str
+    mllm: str
+    wan_folder: Path
+    mllm_folder: Path
+    wan_index: dict
+    wan_config: dict
+    config: dict
+    vae_config: dict
+    mllm_class: str
+    distiller_config: dict
+    parameters: Parameters
+
+
+def convert_config(wan_config: dict, num_shallow_blocks: int | None = None) -> dict:
+    """
+    The configuration of an [`RVEDiTTransformer3DModel`] over a Wan base.
+
+    Args:
+        wan_config (`dict`): `config.json` of a [`~diffusers.WanTransformer3DModel`].
+        num_shallow_blocks (`int`, *optional*): Blocks that read editing tokens in place of text, from 0 to the number
+            of layers; a third of them by default.
+
+    Raises:
+        ValueError: The base reads more than noisy latents and text, or `num_shallow_blocks` is out of range.
+    """
+    name = wan_config.get("_class_name", "WanTransformer3DModel")
+    if name != "WanTransformer3DModel":
+        raise ValueError(f"`wan` has a {name} as transformer; {SUPPORTED_WAN}")
+    known = inspect.signature(WanTransformer3DModel.__init__).parameters
+    settings = {name: value.default for name, value in known.items() if name != "self"}
+    settings |= {name: value for name, value in wan_config.items() if name[0] != "_"}
+    carried = settings.keys() & inspect.signature(RVEDiTTransformer3DModel.__init__).parameters.keys()
+    for name in sorted(settings.keys() - carried):
+        if settings[name] is not None:
+            raise ValueError(f"`wan` is no text-to-video model, its transformer has {name}; {SUPPORTED_WAN}")
+    channels = settings["in_channels"]
+    if settings["out_channels"] != channels:
+        raise ValueError(
+            f"`wan` is no text-to-video model, its transformer takes {channels} channels and predicts"
+            f" {settings['out_channels']}; {SUPPORTED_WAN}"
+        )
+    num_layers = settings["num_layers"]
+    if num_shallow_blocks is not None and not 0 <= num_shallow_blocks <= num_layers:
+        raise ValueError(
+            f"`num_shallow_blocks` has to be from 0 to the transformer's {num_layers} layers, got {num_shallow_blocks}"
+        )
+    config = {name: settings[name] for name in sorted(carried)}
+    return config | {"source_channels": channels, "num_shallow_blocks": num_shallow_blocks}
+
+
+def account_for_parameters(wan_config: dict, config: dict) -> Parameters:
+    """
+    Compare a Wan transformer with the RVEDiT transformer that is made of it, without their weights.
+
+    Args:
+        wan_config, config (`dict`): Configurations of both, see [`convert_config`].
+
+    Raises:
+        ValueError: A parameter of both has two shapes.
+    """
+    with torch.device("meta"):
+        base, model = WanTransformer3DModel.from_config(wan_config), RVEDiTTransformer3DModel.from_config(config)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in part.state_dict().items()} for part in (base, model)]
+    for name in shapes[0].keys() & shapes[1].keys():
+        if shapes[0][name] != shapes[1][name]:
+            raise ValueError(f"`config` does not fit: {name} has the shape {shapes[1][name]}, not {shapes[0][name]}")
+    return Parameters(
+        mapped={name: shape for name, shape in shapes[1].items() if name in shapes[0]},
+        new={name: shape for name, shape in shapes[1].items() if name not in shapes[0]},
+        dropped={name: shape for name, shape in shapes[0].items() if name not in shapes[1]},
+    )
+
+
+def describe_parameters(parameters: Parameters) -> str:
+    """A table of [`Parameters`]: tensors and numbers of each part of the model, mapped, new and dropped."""
+    rows: dict[str, dict[str, list[int]]] = {}
+    for kind, shapes in vars(parameters).items():
+        for name, shape in shapes.items():
+            words = name.split(".")
+            part = f"blocks.*.{words[2]}" if words[0] == "blocks" else words[0]
+            rows.setdefault(part, {}).setdefault(kind, []).append(math.prod(shape))
+    line = "{:28} {:>8} {:>16} {:>14} {:>10}"
+    lines = [line.format("part", "tensors", "mapped", "new", "dropped")]
+    for part, kinds in rows.items():
+        numbers = (f"{sum(kinds.get(kind, [])):,}" for kind in vars(parameters))
+        lines.append(line.format(part, sum(map(len, kinds.values())), *numbers))
+    tensors = sum(map(len, vars(parameters).values()))
+    lines.append(line.format("all", tensors, *(f"{count:,}" for count in parameters.counts().values())))
+    return "\n".join(lines)
+
+
+def plan_conversion(
+    wan: str | os.PathLike,
+    mllm: str | os.PathLike,
+    num_edit_tokens: int = 64,
+    num_shallow_blocks: int | None = None,
+) -> Conversion:
+    """
+    Check from their small files that a Wan model and an MLLM can be converted; no weights are read or downloaded.
+
+    Args:
+        wan (`str` or `os.PathLike`): Hub id or folder of a Wan text-to-video pipeline in diffusers' layout.
+        mllm (`str` or `os.PathLike`): Hub id or folder of a Qwen2.5-VL or Qwen3-VL.
+        num_edit_tokens (`int`, defaults to 64): Queries of the distiller, at least 1.
+        num_shallow_blocks (`int`, *optional*): See [`convert_config`].
+
+    Raises:
+        ValueError: Naming the argument; for a model that is not supported it says which ones are.
+    """
+    if not isinstance(num_edit_tokens, int) or isinstance(num_edit_tokens, bool) or num_edit_tokens < 1:
+        raise ValueError(f"`num_edit_tokens` has to be an integer of at least 1, got {num_edit_tokens!r}")
+    wan, mllm = os.fspath(wan), os.fspath(mllm)
+
+    # 1. The Wan pipeline
+    wan_folder = _fetch("wan", wan, SMALL_FILES)
+    if not (wan_folder / "model_index.json").is_file():
+        raise ValueError(f"`wan` {wan} has no model_index.json, so it is not in diffusers' layout; {SUPPORTED_WAN}")
+    index = _read_json(wan_folder / "model_index.json")
+    name = index.get("_class_name")
+    if name != "WanPipeline":
+        raise ValueError(f"`wan` {wan} is a {name}, not a WanPipeline; {SUPPORTED_WAN}")
+    if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None, None])[0] is not None:
+        raise ValueError(f"`wan` {wan} has two transformers, for high and for low noise, as A14B has; {SUPPORTED_WAN}")
+    for name in ("transformer", *UNCHANGED):
+        if index.get(name, [None])[0] is None or not (wan_folder / name).is_dir():
+            raise ValueError(f"`wan` {wan} has no component {name}; {SUPPORTED_WAN}")
+    wan_config = _read_json(wan_folder / "transformer" / "config.json")
+    config = convert_config(wan_config, num_shallow_blocks)
+    vae_config = _read_json(wan_folder / "vae" / "config.json")
+    if vae_config.get("z_dim", 16) != config["in_channels"]:
+        raise ValueError(
+            f"`wan` {wan} has a VAE of {vae_config.get('z_dim', 16)} channels, but a transformer of"
+            f" {config['in_channels']}; {SUPPORTED_WAN}"
+        )
+
+    # 2. The MLLM
+    mllm_folder = _fetch("mllm", mllm, SMALL_FILES)
+    if not (mllm_folder / "config.json").is_file():
+        raise ValueError(f"`mllm` {mllm} has no config.json; {SUPPORTED_MLLM}")
+    model_type = _read_json(mllm_folder / "config.json").get("model_type")
+    if model_type not in MLLM_CLASSES:
+        raise ValueError(f"`mllm` {mllm} is of the type {model_type}; {SUPPORTED_MLLM}")
+    width = AutoConfig.from_pretrained(mllm_folder).get_text_config().hidden_size
+    dim = config["num_attention_heads"] * config["attention_head_dim"]
+
+    return Conversion(
+        wan=wan,
+        mllm=mllm,
+        wan_folder=wan_folder,
+        mllm_folder=mllm_folder,
+        wan_index=index,
+        wan_config=wan_config,
+        config=config,
+        vae_config=vae_config,
+        mllm_class=MLLM_CLASSES[model_type],
+        distiller_config={"mllm_hidden_size": width, "dim": dim, "num_edit_tokens": num_edit_tokens},
+        parameters=account_for_parameters(wan_config, config),
+    )
+
+
+def convert_transformer(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    config: dict,
+    dtype: torch.dtype | None = None,
+    max_shard_size: str | int = "5GB",
+    seed: int = 0,
+) -> None:
+    """
+    Write an [`RVEDiTTransformer3DModel`] of the weights of a Wan transformer. No more than a shard is in memory.
+
+    What is new computes nothing at first: the source's embedding and the values of visual tokens are zero, and the
+    editing tokens' bias is what the base makes of a zero of its text, the padding of every prompt.
+
+    Args:
+        source (`str` or `os.PathLike`): Folder of a [`~diffusers.WanTransformer3DModel`] in safetensors.
+        target (`str` or `os.PathLike`): Folder to write to; made if it does not exist.
+        config (`dict`): What [`convert_config`] returned.
+        dtype (`torch.dtype`, *optional*): Of the weights, but for those that the model keeps in float32. By default
+            each keeps its own, and what is new has that of the source's `patch_embedding`.
+        max_shard_size (`str` or `int`, defaults to `"5GB"`): Of a file.
+        seed (`int`, defaults to 0): Of the new keys' projections.
+
+    Raises:
+        ValueError: `source` lacks weights of the base, or has others.
+    """
+    source, target = Path(source), Path(target)
+    with torch.device("meta"):
+        model = RVEDiTTransformer3DModel.from_config(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    with ExitStack() as stack:
+        weights = {}
+        for path in _weight_files(source):
+            file = stack.enter_context(safe_open(path, framework="pt"))
+            weights |= {name: (file.get_tensor, file.get_slice(name)) for name in file.keys()}
+
+        # 1. Nothing is missing, left over or of another shape
+        new = _new_parameters(model)
+        wrong = [name for name, (_, part) in weights.items() if shapes.get(name) != tuple(part.get_shape())]
+        wrong += shapes.keys() - weights.keys() - new
+        if wrong:
+            raise ValueError(
+                f"`source` {source} does not hold the weights that its config.json describes: {len(wrong)} of them"
+                f" are missing, left over or of another shape, such as {min(wrong)}"
+            )
+
+        # 2. What is new
+        made = _initialise(model, new, seed)
+        if "edit_bias" in made:
+            projection = "condition_embedder.text_embedder.linear_"
+            read = {name: weights[projection + name][0](projection + name).float() for name in TEXT_PROJECTION}
+            hidden = F.gelu(read["1.bias"], approximate="tanh")
+            made["edit_bias"] = F.linear(hidden, read["2.weight"], read["2.bias"])
+        own = weights["patch_embedding.weight"][1].get_dtype()
+        dtypes = dict.fromkeys(made, DTYPES[own])
+        dtypes |= {name: DTYPES[part.get_dtype()] for name, (_, part) in weights.items()}
+        if dtype is not None:
+            kept = set(RVEDiTTransformer3DModel._keep_in_fp32_modules)
+            dtypes = {name: torch.float32 if kept & set(name.split(".")) else dtype for name in dtypes}
+
+        # 3. All of it, shard by shard
+        plan = split_torch_state_dict_into_shards(
+            {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()},
+            filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
+        )
+        target.mkdir(parents=True, exist_ok=True)
+        for filename, names in tqdm(plan.filename_to_tensors.items(), desc="transformer", unit="shard"):
+            shard = {}
+            for name in names:
+                value = made[name] if name in made else weights[name][0](name)
+                shard[name] = value.to(dtypes[name]).contiguous()
+            save_file(shard, target / filename, metadata={"format": "pt"})
+            del shard, value
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        _write_json(target / "diffusion_pytorch_model.safetensors.index.json", index)
+    model.save_config(target)
+
+
+def convert(
+    conversion: Conversion,
+    output: str | os.PathLike,
+    dtype: torch.dtype | None = None,
+    link: bool = False,
+    max_shard_size: str | int = "5GB",
+    seed: int = 0,
+) -> None:
+    """
+    Write the pipeline. Downloads the weights of models on the Hub, component by component.
+
+    What is not changed, all but the transformer, the distiller and the processor, is copied as it is. The entry
+    `conversion` of `model_index.json` records where everything came from.
+
+    Args:
+        conversion ([`Conversion`]): What [`plan_conversion`] returned.
+        output (`str` or `os.PathLike`): The pipeline's folder; must not exist, or be empty. It appears when it is
+            complete.
+        dtype (`torch.dtype`, *optional*): Of transformer and distiller; see [`convert_transformer`].
+        link (`bool`, defaults to `False`): Link to the files of unchanged components instead of copying them. The
+            pipeline then needs the base models where they are.
+        max_shard_size (`str` or `int`, defaults to `"5GB"`): Of the transformer's files.
+        seed (`int`, defaults to 0): Of what begins at random: the queries, the connectors, the new keys.
+
+    Raises:
+        ValueError: `output` is taken, a component has no safetensors, or the disk is too small.
+        OSError: A file cannot be read or written.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"`output` has to be a folder that does not exist or is empty, but {output} is taken")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        # 1. The parts that are made
+        folder = _fetch("wan", conversion.wan, [f"transformer/{name}" for name in (*SMALL_FILES, WEIGHTS)])
+        record = {"wan": _origin(conversion.wan, folder)}
+        arguments = (conversion.config, dtype, max_shard_size, seed)
+        convert_transformer(folder / "transformer", partial / "transformer", *arguments)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            distiller = RVEDiTTokenDistiller(**conversion.distiller_config)
+        torch.nn.Module.to(distiller, dtype or torch.float32)  # diffusers' own warns of modules kept in float32: none
+        distiller.save_pretrained(partial / "distiller")
+        del distiller
+        num_edit_tokens = conversion.distiller_config["num_edit_tokens"]
+        processor = RVEDiTProcessor.from_mllm(conversion.mllm_folder, num_edit_tokens=num_edit_tokens)
+        processor.save_pretrained(partial / "processor")
+
+        # 2. The parts that stay as they are
+        for name in UNCHANGED:
+            folder = _fetch("wan", conversion.wan, [f"{name}/{pattern}" for pattern in (*SMALL_FILES, WEIGHTS)])
+            _carry_over(folder / name, partial / name, link, is_model=name in ("text_encoder", "vae"))
+        folder = _fetch("mllm", conversion.mllm, [*SMALL_FILES, WEIGHTS])
+        record["mllm"] = _origin(conversion.mllm, folder)
+        only = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
+        _carry_over(folder, partial / "mllm", link, is_model=True, patterns=only)
+
+        # 3. What they are together
+        record |= {"parameters": conversion.parameters.counts(), "linked": link}
+        _write_json(partial / "model_index.json", _model_index(conversion) | {"conversion": record})
+        if output.exists():
+            output.rmdir()
+        replace_folder(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def record_stage(folder: str | os.PathLike, stage: str) -> None:
+    """
+    Add a stage of training to what `model_index.json` tells of a conversion; any other folder stays as it is.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of the pipeline.
+        stage (`str`): Name of the stage.
+    """
+    path = Path(folder) / "model_index.json"
+    index = _read_json(path) if path.is_file() else {}
+    if index.get("conversion") is not None:
+        record = index["conversion"]
+        partial = path.with_name(path.name + ".partial")
+        _write_json(partial, index | {"conversion": record | {"stages": [*record.get("stages", []), stage]}})
+        partial.replace(path)
+
+
+def _model_index(conversion: Conversion) -> dict:
+    own = "rvedit_diffusers"
+    index = {name: conversion.wan_index[name] for name in UNCHANGED}
+    index |= {
+        "_class_name": "RVEDiTPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "default_guidance_scale": GUIDANCE_SCALE,
+        "default_max_area": DEFAULT_MAX_AREA.get(conversion.vae_config.get("scale_factor_spatial", 8)),
+        "default_num_inference_steps": NUM_INFERENCE_STEPS,
+        "default_source_guidance_scale": 1.0,
+        "distiller": [own, "RVEDiTTokenDistiller"],
+        "mllm": ["transformers", conversion.mllm_class],
+        "processor": [own, "RVEDiTProcessor"],
+        "transformer": [own, "RVEDiTTransformer3DModel"],
+    }
+    return dict(sorted(index.items()))
+
+
+def _fetch(argument: str, model: str, patterns: Iterable[str]) -> Path:
+    # The folder of a model: the one that was named, or the Hub's snapshot with the files that fit the patterns.
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(model, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`{argument}` {model} is no folder, and from the Hub it cannot be had: {reason}") from error
+
+
+def _origin(model: str, folder: Path) -> dict:
+    is_hub_id = not Path(model).is_dir()
+    # A snapshot's folder is named by its commit; of a local folder the name has to do, its place is nobody's business.
+    return {"source": model if is_hub_id else folder.resolve().name, "revision": folder.name if is_hub_id else None}
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # Of a model with an index those that it names, so that variants beside them are left out.
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if index.name.count(".") == 3:
+            files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
+            break
+    else:
+        files = [path for path in sorted(folder.glob(WEIGHTS)) if path.name.count(".") == 1]
+    if not files:
+        raise ValueError(f"{folder} holds no weights in safetensors, the only format that is read")
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"{folder} is not complete: its index names {path.name}, which is not there")
+    return files
+
+
+def _carry_over(
+    source: Path, target: Path, link: bool, is_model: bool, patterns: Iterable[str] = (*SMALL_FILES, WEIGHTS)
+) -> None:
+    files = [path for path in sorted(source.iterdir()) if any(fnmatch.fnmatch(path.name, p) for p in patterns)]
+    if is_model:
+        weights = _weight_files(source)
+        files = [path for path in files if path.suffix != ".safetensors" or path in weights]
+    target.mkdir()
+    size = sum(path.stat().st_size for path in files)
+    if not link and size > (free := shutil.disk_usage(target).free):
+        raise ValueError(f"`output` needs {size / 2**30:.1f} GiB for {target.name}, but {free / 2**30:.1f} are free")
+    for path in tqdm(files, desc=target.name, unit="file"):
+        if link:
+            (target / path.name).symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def _new_parameters(model: RVEDiTTransformer3DModel) -> set[str]:
+    return {
+        name
+        for name in model.state_dict()
+        if name.split(".")[0] in ("source_embedding", "edit_bias")
+        or set(name.split(".")) & {"add_k_proj", "add_v_proj", "norm_added_k"}
+    }
+
+
+def _initialise(model: RVEDiTTransformer3DModel, names: set[str], seed: int) -> dict[str, torch.Tensor]:
+    # As the model's own constructor does, but for one layer at a time.
+    made = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for path in sorted({name.rpartition(".")[0] for name in names if "." in name}):
+            layer = model.get_submodule(path).to_empty(device="cpu")
+            layer.reset_parameters()
+            if path.split(".")[-1] in ("source_embedding", "add_v_proj"):
+                for tensor in layer.state_dict().values():
+                    tensor.zero_()
+            made |= layer.state_dict(prefix=f"{path}.")
+    return made | {name: torch.zeros(model.state_dict()[name].shape) for name in names if "." not in name}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
