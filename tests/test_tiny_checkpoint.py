@@ -1,5 +1,6 @@
 """The checkpoint that ships with the package does what the documents say of it."""
 
+import json
 import re
 import runpy
 import sys
@@ -69,9 +70,19 @@ def test_evaluation_prints_a_line_for_each_kind(monkeypatch, capsys, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "remove-0.png", "grade-0.png"}
 
 
-def test_model_card_and_readme_give_the_same_scores():
-    def scores(path):
-        return re.findall(r"^\| (?:recolour|remove|replace|grade) \|.*$", path.read_text(), re.MULTILINE)
+def test_the_card_says_what_weights_logs_and_scores_say():
+    card = runpy.run_path(str(ROOT / "examples" / "tiny" / "export.py"))["model_card"](Path(TINY_CHECKPOINT))
+    assert (Path(TINY_CHECKPOINT) / "README.md").read_text() == card
+    assert (ROOT / "MODEL_CARD.md").read_text() == card
 
-    found = scores(ROOT / "MODEL_CARD.md")
-    assert len(found) == 4 and found == scores(Path(TINY_CHECKPOINT) / "README.md")
+
+def test_links_of_the_card_work_in_both_places():
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "MODEL_CARD.md").read_text())
+    assert links and all(link.startswith("https://") for link in links)
+
+
+def test_the_scores_agree_with_the_counted_failures():
+    scores = json.loads((Path(TINY_CHECKPOINT) / "training" / "scores.json").read_text())
+    assert scores.keys() == {"recolour", "remove", "replace", "grade"}
+    for row in scores.values():
+        assert row["success"] == pytest.approx(1 - sum(row["failures"].values()) / row["n"], abs=1e-6)
