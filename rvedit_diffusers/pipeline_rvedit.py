@@ -2,13 +2,16 @@ import inspect
 import math
 import numbers
 import os
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import apply_group_offloading
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
@@ -17,6 +20,7 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase,
 
 from .clips import is_count, load_clips, resize_frames
 from .distiller_rvedit import RVEDiTTokenDistiller
+from .hub import CODE, Repository, open_repository, upload, write_card, write_code
 from .lora import RVEDiTLoraLoaderMixin
 from .pipeline_output import RVEDiTPipelineOutput
 from .processing_rvedit import RVEDiTProcessor
@@ -79,6 +83,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         default_max_area (`int`, *optional*):
             Clips of more pixels a frame are edited at about this area, in their own aspect ratio, by a call that gives
             neither `height` nor `width`. `None` edits every clip at its own size.
+        conversion (`dict`, *optional*):
+            Of a pipeline that was made from other models: which ones, and the stages that it was trained in since.
+            Kept in `model_index.json`, for the model card; nothing is computed from it.
     """
 
     model_cpu_offload_seq = "text_encoder->mllm->distiller->transformer->vae"
@@ -107,6 +114,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         default_guidance_scale: float = 5.0,
         default_source_guidance_scale: float = 1.0,
         default_max_area: int | None = None,
+        conversion: dict | None = None,
     ):
         super().__init__()
 
@@ -125,10 +133,157 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             default_guidance_scale=default_guidance_scale,
             default_source_guidance_scale=default_source_guidance_scale,
             default_max_area=default_max_area,
+            conversion=conversion,
         )
         self.vae_scale_factor_temporal = self.vae.config.scale_factor_temporal if self.vae is not None else 4
         self.vae_scale_factor_spatial = self.vae.config.scale_factor_spatial if self.vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        **kwargs,
+    ) -> None:
+        r"""
+        Save the pipeline to a folder that `from_pretrained` reads. The code of a pipeline that was loaded with
+        `trust_remote_code=True`, without this package, goes along.
+
+        Args:
+            save_directory (`str` or `os.PathLike`):
+                Folder to write to; made if it does not exist.
+            safe_serialization (`bool`, defaults to `True`), variant (`str`, *optional*), max_shard_size (`int` or
+                `str`, *optional*), kwargs:
+                As in [`DiffusionPipeline.save_pretrained`].
+            push_to_hub (`bool`, defaults to `False`):
+                Whether to upload the folder afterwards.
+            repo_id (`str`, *optional*):
+                The repository, `owner/name`; the folder's name, of the user's own, by default.
+            commit_message (`str`, *optional*), private (`bool`, *optional*), token (`str`, *optional*), create_pr
+                (`bool`, defaults to `False`):
+                See [`~RVEDiTPipeline.push_to_hub`].
+
+        Raises:
+            `ValueError`, `PermissionError`, `ConnectionError`: see [`~RVEDiTPipeline.push_to_hub`]; before anything is
+                saved, unless the connection is lost later.
+        """
+        if push_to_hub:
+            repository = open_repository(repo_id or Path(save_directory).resolve().name, "pipeline", private, token)
+        super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        if CODE is not None:
+            write_code(save_directory, CODE)
+        if push_to_hub:
+            _upload_with_card(Path(save_directory), repository, None, commit_message, token, create_pr)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        r"""
+        Upload the pipeline, with a model card. The text of a `README.md` that the repository has is kept.
+
+        Args:
+            repo_id (`str`):
+                The repository, `owner/name`, or `name` of the user's own. It is made if it does not exist, and brought
+                up to date if it holds an RVEDiT pipeline.
+            commit_message (`str`, *optional*):
+                `"Upload RVEDiTPipeline"` by default.
+            private (`bool`, *optional*):
+                Whether a new repository is private; `None` leaves that to the Hub.
+            token (`str`, *optional*):
+                The token of `hf auth login` by default.
+            create_pr (`bool`, defaults to `False`):
+                Whether to open a pull request instead of committing to `main`.
+            safe_serialization (`bool`, defaults to `True`):
+                Has to be `True`: pickles are not uploaded.
+            variant (`str`, *optional*):
+                Part of the names of the weights, such as `"fp16"`.
+            subfolder (`str`, *optional*):
+                Folder of the repository, which may then hold anything, to upload to. No model card goes there.
+
+        Returns:
+            `str`: The address of the commit.
+
+        Raises:
+            `ValueError`: if `repo_id` is no such name, the repository holds something else, or is public though
+                `private` is `True`; before anything is saved.
+            `PermissionError`: if the token is refused.
+            `ConnectionError`: if the Hub cannot be reached, or not any more. What was uploaded is kept.
+        """
+        repository = open_repository(repo_id, None if subfolder else "pipeline", private, token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, safe_serialization, variant)
+            return _upload_with_card(Path(folder), repository, subfolder, commit_message, token, create_pr)
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | None = None,
+        exclude_modules: str | list[str] | None = None,
+    ) -> None:
+        r"""
+        As [`DiffusionPipeline.enable_group_offload`], but on disk each component gets a folder of its own.
+
+        Args:
+            offload_to_disk_path (`str`, *optional*):
+                A folder that holds nothing yet: weights found there are taken for those of this pipeline. Without it
+                weights are kept on `offload_device`.
+            onload_device, offload_device, offload_type, num_blocks_per_group, non_blocking, use_stream, record_stream,
+            low_cpu_mem_usage, exclude_modules:
+                As in [`DiffusionPipeline.enable_group_offload`].
+        """
+        settings = {
+            "onload_device": onload_device,
+            "offload_device": offload_device,
+            "offload_type": offload_type,
+            "num_blocks_per_group": num_blocks_per_group,
+            "non_blocking": non_blocking,
+            "use_stream": use_stream,
+            "record_stream": record_stream,
+            "low_cpu_mem_usage": low_cpu_mem_usage,
+        }
+        if offload_to_disk_path is None:
+            return super().enable_group_offload(**settings, exclude_modules=exclude_modules)
+
+        excluded = {exclude_modules} if isinstance(exclude_modules, str) else set(exclude_modules or ())
+        for name, component in self.components.items():
+            if not isinstance(component, torch.nn.Module):
+                continue
+            if name in excluded:
+                component.to(onload_device)
+                continue
+            # A file is named by its layers alone, and one that exists is taken as written (hooks/group_offloading.py,
+            # lines 154 and 304): components cannot share a folder. Nor can UMT5's two embeddings stay two modules:
+            # their one weight would be written a second time once it is gone (line 313).
+            if hasattr(component, "set_input_embeddings"):
+                component.set_input_embeddings(component.get_input_embeddings())
+            settings["offload_to_disk_path"] = os.path.join(offload_to_disk_path, name)
+            if hasattr(component, "enable_group_offload"):
+                component.enable_group_offload(**settings)
+            else:
+                apply_group_offloading(component, **settings)
 
     @property
     def token_streams(self) -> set[str]:
@@ -166,7 +321,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             max_sequence_length (`int`, defaults to 512):
                 Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less.
             device (`torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
-                Of the result; the pipeline's execution device and the text encoder's dtype by default.
+                Of the result; by default the pipeline's execution device and what the text encoder computes in.
 
         Returns:
             `tuple`: `prompt_embeds` and `negative_prompt_embeds`, each `(batch * num_videos_per_prompt, text_len,
@@ -212,7 +367,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         text_input_ids, mask = text_inputs.input_ids.to(model_device), text_inputs.attention_mask.to(model_device)
         prompt_embeds = self.text_encoder(text_input_ids, mask).last_hidden_state  # (batch, text_len, text_dim)
         prompt_embeds = prompt_embeds.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
-        return prompt_embeds.to(device=device, dtype=dtype or self.text_encoder.dtype)
+        return prompt_embeds.to(device=device, dtype=dtype)  # by default as computed, which may not be as stored
 
     def encode_tokens(
         self,
@@ -937,6 +1092,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         )
         if source_latents is not None:
             source_latents = _repeat(source_latents.to(dtype), num_outputs)
+        # Equals `None`, the source being embedded without bias, but needs no second graph of a compiled transformer.
+        no_source = torch.zeros_like(source_latents) if self.do_source_guidance else None
         del clips, source_video
 
         # 8. Denoising loop
@@ -998,7 +1155,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                             visual_hidden_states=negative_visual_embeds,
                             visual_positions=visual_positions,
                             visual_attention_mask=visual_attention_mask,
-                            source_hidden_states=None,  # equals zero latents: the source is embedded without bias
+                            source_hidden_states=no_source,
                             attention_kwargs=attention_kwargs,
                             return_dict=False,
                         )[0].float()
@@ -1046,6 +1203,19 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             return (video,)
 
         return RVEDiTPipelineOutput(frames=video)
+
+
+def _upload_with_card(
+    folder: Path,
+    repository: Repository,
+    subfolder: str | None,
+    commit_message: str | None,
+    token: str | None,
+    create_pr: bool,
+) -> str:
+    if not subfolder:
+        write_card(folder, repository.repo_id, repository.card)
+    return upload(folder, repository, subfolder, commit_message, token, create_pr)
 
 
 def _repeat(rows: torch.Tensor, num_outputs: int) -> torch.Tensor:

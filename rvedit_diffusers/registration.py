@@ -6,13 +6,29 @@ hooks accept its blocks. Besides lora.py, only this file may touch what diffuser
 import sys
 
 import diffusers
+from diffusers.configuration_utils import ConfigMixin
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry  # hooks/_helpers.py:20, :81
 from diffusers.pipelines import pipeline_loading_utils
 
 from .distiller_rvedit import RVEDiTTokenDistiller
+from .hub import PIPELINE_CLASS, is_pipeline
 from .pipeline_rvedit import RVEDiTPipeline
 from .processing_rvedit import RVEDiTProcessor
 from .transformer_rvedit import RVEDiTTransformer3DModel, RVEDiTTransformerBlock
+
+
+def register_blocks() -> None:
+    """Make the first-block cache and its kin, which accept registered blocks only, accept the transformer's."""
+    # The block returns its hidden states alone, or first (hooks/_helpers.py:343, as Wan's).
+    TransformerBlockRegistry.register(
+        RVEDiTTransformerBlock,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    )
+
+
+def _read_config(cls, json_file) -> dict:
+    config = ConfigMixin._dict_from_json_file.__func__(cls, json_file)
+    return config | {"_class_name": PIPELINE_CLASS} if is_pipeline(config) else config
 
 
 def register() -> None:
@@ -37,9 +53,9 @@ def register() -> None:
     # instead and needs no `trust_remote_code` (pipeline_loading_utils.py:449).
     setattr(diffusers.pipelines, package_name, sys.modules[package_name])
 
-    # 4. The first-block cache and its kin accept registered blocks only. The block returns its hidden states alone, or
-    # first (hooks/_helpers.py:343, as Wan's).
-    TransformerBlockRegistry.register(
-        RVEDiTTransformerBlock,
-        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
-    )
+    # 4. Such a repository names its pipeline as ["pipeline", class] (hub.py): for diffusers, code that runs with the
+    # flag and fails without (configuration_utils.py:465, :584, pipeline_utils.py:1663, :1691). But the class is here.
+    diffusers.DiffusionPipeline._dict_from_json_file = classmethod(_read_config)
+
+    # 5. Caches
+    register_blocks()
