@@ -150,13 +150,16 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
                 slots.
         """
         self.check_inputs(mllm, inputs)
-        # the base model is called, not `mllm`, so offloading needs to be told
+        # offloading needs to be told: the base model is called, not `mllm`, and the queries are read outside `forward`
         if hasattr(mllm, "_hf_hook") and hasattr(mllm._hf_hook, "pre_forward"):
             mllm._hf_hook.pre_forward(mllm)
-        hooks = getattr(mllm, "_diffusers_hook", None)
-        group_hook = hooks.get_hook("group_offloading") if hooks is not None else None
-        if group_hook is not None:
-            group_hook.pre_forward(mllm)
+        group_hooks = []
+        for module in (mllm, self):
+            hooks = getattr(module, "_diffusers_hook", None)
+            group_hook = hooks.get_hook("group_offloading") if hooks is not None else None
+            if group_hook is not None:
+                group_hook.pre_forward(module)
+                group_hooks.append((group_hook, module))
         base_model = mllm.base_model
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         edit_mask, visual_mask, visual_positions = (
@@ -186,8 +189,8 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state if last_layer else outputs.hidden_states[self.config.hidden_layer]
-        if group_hook is not None:
-            group_hook.post_forward(mllm, None)
+        for group_hook, module in group_hooks:
+            group_hook.post_forward(module, None)
 
         # 3. Read under the masks
         edit_states = hidden_states[edit_mask].view(batch_size, -1, hidden_states.shape[-1])

@@ -9,7 +9,6 @@ from components import NUM_EDIT_TOKENS, build_pipeline, make_clip
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
-    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -633,22 +632,6 @@ def test_schedulers_that_integrate_no_flow_are_refused(pipe, clip, change, name)
     pipe.scheduler = UniPCMultistepScheduler(**change)
     with pytest.raises(ValueError, match=f"`scheduler` has {name}"):
         edit(pipe, clip)
-
-
-def test_first_block_cache_at_threshold_zero_is_exact(pipe, clip):
-    expected = edit(pipe, clip, num_inference_steps=3)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
-    assert torch.equal(edit(pipe, clip, num_inference_steps=3), expected)
-    pipe.transformer.disable_cache()
-    assert torch.equal(edit(pipe, clip, num_inference_steps=3), expected)
-
-
-def test_first_block_cache_skips_blocks_and_starts_anew_each_call(pipe, clip):
-    calls = Calls(pipe.transformer.blocks[1].ffn)
-    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e6))
-    first = edit(pipe, clip, num_inference_steps=3, source_guidance_scale=1.5)
-    assert calls.count == 3  # the first step only, once for each branch
-    assert torch.equal(edit(pipe, clip, num_inference_steps=3, source_guidance_scale=1.5), first)
 
 
 # ---- Components ----
