@@ -1,6 +1,7 @@
 """Fine-tune an RVEDiT pipeline on pairs of clips: flow matching plus reference-anchored attention alignment.
 
     python examples/train.py --model MODEL --train_data DATA --output runs/lora --training_type lora
+    python examples/train.py --model CONVERTED --train_data CAPTIONED_CLIPS --output runs/connect --stage connect
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py ...
     python examples/train.py --plot runs/lora
 
@@ -29,14 +30,16 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from diffusers import AutoencoderKLWan
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import create_repo, upload_folder
 from tqdm import tqdm
 
-from rvedit_diffusers import RVEDiTPipeline, RVEDiTTransformer3DModel
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
+from rvedit_diffusers.conversion import record_stage
+from rvedit_diffusers.hub import open_repository, upload
 from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
+from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, SyntheticEdits
 from rvedit_diffusers.training.adapters import LORA_TARGETS, add_lora, offload_frozen_weights, store_in_fp8
-from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, EditingBranches
+from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, ConnectingBranches, EditingBranches
 from rvedit_diffusers.training.cache import CachedPairs, cached_null_text, fill_cache, fingerprint, text_length
 from rvedit_diffusers.training.checkpoint import (
     averaged,
@@ -59,7 +62,6 @@ from rvedit_diffusers.training.data import (
 )
 from rvedit_diffusers.training.memory import describe_needs
 from rvedit_diffusers.training.meter import LossMeter
-from rvedit_diffusers.training.model_card import write_model_card
 from rvedit_diffusers.training.optimizers import block_matrices, build_optimizer
 from rvedit_diffusers.training.options import with_config
 from rvedit_diffusers.training.pairs import EditPairs, FilePairs, SyntheticPairs
@@ -86,6 +88,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="JSON file with values for any of the options below")
     parser.add_argument("--model", help="folder or Hub id of the pipeline to train")
     parser.add_argument("--output", type=Path, help="folder for weights, checkpoints, log, curves and clips")
+    parser.add_argument(
+        "--stage",
+        choices=("edit", "connect"),
+        default="edit",
+        help="connect: first of all after a base was converted, the distiller learns from captioned clips to take the"
+        " text's place in the shallow blocks",
+    )
     parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN/losses.png from what RUN has logged")
 
     group = parser.add_argument_group("data")
@@ -96,7 +105,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         " Face dataset",
     )
     group.add_argument("--data_root", type=Path, help="folder that relative paths start from; default: the table's")
-    group.add_argument("--columns", choices=PRESETS, default="default", help="layout of the table")
+    group.add_argument("--columns", choices=PRESETS, help="layout of the table; default: default, or captions")
     for name in ("source", "edited", "instruction"):
         group.add_argument(f"--{name}_column", help="name of this column; default: that of --columns")
     group.add_argument(
@@ -125,7 +134,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         choices=("all", "connectors", "none"),
         const="all",
         help="`all`: queries and connectors, the MLLM runs in every step; `connectors`: its states are cached;"
-        " default: all in full training, none with LoRA",
+        " default: all in full training and to connect, none with LoRA",
     )
     group.add_argument("--train_text_encoder", action="store_true", help="the text encoder learns, too")
     group.add_argument("--max_train_steps", type=int, default=1000)
@@ -135,21 +144,23 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--optimizer", default="adamw", help="adamw, adamw8bit, muon (for matrices of blocks), or one of torch.optim"
     )
     group.add_argument("--optimizer_args", type=json.loads, default={}, help="further arguments of it, as JSON")
-    group.add_argument("--learning_rate", type=float, help="default: 1e-4 with LoRA, 1e-5 in full training")
+    group.add_argument("--learning_rate", type=float, help="default: 1e-4; 1e-5 in full training")
     group.add_argument("--weight_decay", type=float, default=0.01)
     group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant_with_warmup")
     group.add_argument("--lr_warmup_steps", type=int, default=100)
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip")
     group.add_argument("--max_nonfinite", type=int, default=10, help="skipped steps in a row after which to end")
     group.add_argument("--ema_decay", type=float, default=0.0, help="of the weights' moving average; 0: none is kept")
-    group.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
+    group.add_argument(
+        "--mixed_precision", choices=("no", "bf16"), help="default: bf16, but no on CPUs that do not compute in it"
+    )
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--layerwise_casting", action="store_true", help="LoRA: the frozen weights rest in fp8")
     group.add_argument("--group_offload", action="store_true", help="LoRA: the frozen weights rest in host memory")
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
     group.add_argument("--seed", type=int, default=0)
 
-    group = parser.add_argument_group("losses")
+    group = parser.add_argument_group("losses", "Of these, `--stage connect` has the noise levels and --align_tokens.")
     group.add_argument("--sigma_shift", type=float, default=3.0, help="shift of noise levels: 3 at 480p, 5 at 720p")
     group.add_argument("--edit_weight", type=float, default=0.0, help="extra weight of latent cells that change")
     group.add_argument("--drop_instruction", type=float, default=0.1, help="share trained without instruction")
@@ -238,14 +249,26 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.push_to_hub != (args.hub_model_id is not None):
         parser.error("--push_to_hub and --hub_model_id need each other")
 
+    is_edit = args.stage == "edit"
+    args.columns = args.columns or ("default" if is_edit else "captions")
     for name, column in zip(("source", "edited", "instruction"), PRESETS[args.columns], strict=True):
         if getattr(args, f"{name}_column") is None:
             setattr(args, f"{name}_column", column)
+    if not is_edit:
+        if args.train_distiller == "none" or args.train_text_encoder or args.group_offload or args.layerwise_casting:
+            parser.error(
+                "--stage connect trains the distiller, all of it or its connectors, beside a transformer that stays as"
+                " it is: --train_distiller none, --train_text_encoder, --group_offload and --layerwise_casting are for"
+                " --stage edit"
+            )
+        args.training_type, args.drop_instruction, args.drop_all = "none", 0.0, 0.0
     is_lora = args.training_type == "lora"
     args.train_distiller = args.train_distiller or ("none" if is_lora else "all")
-    args.learning_rate = args.learning_rate or (1e-4 if is_lora else 1e-5)
+    args.learning_rate = args.learning_rate or (1e-5 if args.training_type == "full" else 1e-4)
     args.lora_alpha = args.lora_alpha or args.lora_rank
     args.cache_dir = args.cache_dir or args.output / "cache"
+    if args.mixed_precision is None:  # without instructions for it, bfloat16 is tens of times slower than float32
+        args.mixed_precision = "bf16" if torch.cuda.is_available() or computes_in_bfloat16() else "no"
     if args.resume_from_checkpoint is None:
         if checkpoints(args.output):
             parser.error(
@@ -261,6 +284,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--resume_from_checkpoint: {error}")
 
 
+def computes_in_bfloat16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
     """The pairs that `data` names; prints what was kept, trimmed and dropped."""
     for bucket in args.buckets:
@@ -271,7 +298,7 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
         edits = SyntheticEdits(
             args.seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
         )
-        return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps))
+        return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps), captioned=args.stage == "connect")
     columns = (args.source_column, args.edited_column, args.instruction_column)
     pairs = read_pairs(data, *columns, data_root=args.data_root)
     record = args.cache_dir / "files.jsonl"
@@ -313,23 +340,28 @@ def describe_run(args: argparse.Namespace, batch_size: int, model_key: str, base
 
 
 def make_repository(args: argparse.Namespace) -> None:
+    is_lora = args.training_type == "lora" and args.train_distiller == "none" and not args.train_text_encoder
     try:
-        create_repo(args.hub_model_id, private=args.hub_private_repo, exist_ok=True)
-    except Exception as error:  # the network, the Hub and its client fail in many ways
-        raise ValueError(f"--hub_model_id {args.hub_model_id} cannot be made: {error}") from error
+        open_repository(args.hub_model_id, "lora" if is_lora else "pipeline", args.hub_private_repo or None)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--hub_model_id {args.hub_model_id}: {error}") from error
 
 
-def publish(args: argparse.Namespace, results: list[Path], facts: dict[str, str], losses: dict[str, float]) -> None:
+def publish(
+    args: argparse.Namespace, base: Path, results: list[Path], facts: dict[str, str], losses: dict[str, float]
+) -> None:
     """Write the model cards, and upload if asked for: a pipeline as the repository, a LoRA beside it in a folder."""
     strips = sorted(args.output.glob("validation/*/*.png"))
-    for result in results:
+    for result in sorted(results, key=lambda result: result.name == "lora"):  # a repository is that of its pipeline
         sample = strips[-1] if strips else None
-        write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample)
+        place = result.name if len(results) > 1 and result.name == "lora" else None
+        write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample, base, place)
         if args.push_to_hub:
-            place = result.name if len(results) > 1 and result.name == "lora" else None
             try:
-                upload_folder(repo_id=args.hub_model_id, folder_path=result, path_in_repo=place)
-            except Exception as error:  # as above
+                kind = None if place else result.name
+                repository = open_repository(args.hub_model_id, kind, args.hub_private_repo or None)
+                upload(result, repository, place)
+            except (OSError, ValueError) as error:
                 fail(f"{result} is complete, but could not be uploaded to {args.hub_model_id}: {error}")
 
 
@@ -405,7 +437,7 @@ def main(argv: list[str] | None = None) -> None:
         return result
 
     # 1. Pairs, encoded once by the frozen parts
-    is_lora, is_live = args.training_type == "lora", args.train_distiller == "all"
+    is_edit, is_lora, is_live = args.stage == "edit", args.training_type == "lora", args.train_distiller == "all"
     half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     text_dtype = torch.float32 if args.train_text_encoder else half
     dtypes = {"default": torch.float32, "mllm": half, "text_encoder": text_dtype}
@@ -418,7 +450,11 @@ def main(argv: list[str] | None = None) -> None:
                 for parameter in skeleton.parameters():
                     parameter.data = parameter.data.to(half)
                 add_lora(skeleton, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
-            skeleton = EditingBranches(skeleton, align_blocks=args.align_blocks, align_loss=args.align_loss)
+            if is_edit:
+                skeleton = EditingBranches(skeleton, align_blocks=args.align_blocks, align_loss=args.align_loss)
+            else:
+                config = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")
+                skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
     except (OSError, ValueError) as error:
         fail(f"--model {args.model}: {error}", 2)
@@ -471,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     pipe.transformer = RVEDiTTransformer3DModel.from_pretrained(
-        base, subfolder="transformer", torch_dtype=half if is_lora else torch.float32
+        base, subfolder="transformer", torch_dtype=torch.float32 if args.training_type == "full" else half
     )
     if is_lora:
         add_lora(pipe.transformer, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
@@ -486,16 +522,19 @@ def main(argv: list[str] | None = None) -> None:
         if args.gradient_checkpointing:
             pipe.mllm.train()
             pipe.mllm.gradient_checkpointing_enable({"use_reentrant": False})
-    branches = EditingBranches(
-        pipe.transformer,
-        pipe.distiller,
-        pipe.text_encoder,
-        pipe.mllm,
-        args.align_blocks,
-        args.align_loss,
-        args.align_temperature,
-        args.align_reference_latents,
-    )
+    if is_edit:
+        branches = EditingBranches(
+            pipe.transformer,
+            pipe.distiller,
+            pipe.text_encoder,
+            pipe.mllm,
+            args.align_blocks,
+            args.align_loss,
+            args.align_temperature,
+            args.align_reference_latents,
+        )
+    else:
+        branches = ConnectingBranches(pipe.transformer, pipe.distiller, pipe.mllm)
     for part in [part for part in branches.children() if not (args.group_offload and part is pipe.transformer)]:
         part.to(device)
     if args.train_distiller == "connectors":
@@ -503,10 +542,10 @@ def main(argv: list[str] | None = None) -> None:
     branches.train()
     if args.compile:
         pipe.transformer.compile_repeated_blocks()
-    modules = {name: getattr(pipe, name) for name in ("transformer", *trained)}
+    modules = {name: getattr(pipe, name) for name in ["transformer"] * is_edit + trained}
 
     parameters = [p for p in branches.parameters() if p.requires_grad]
-    inner = [pipe.transformer.blocks, *(getattr(pipe, name) for name in trained)]
+    inner = [pipe.transformer.blocks] * is_edit + [getattr(pipe, name) for name in trained]
     optimizer = build_optimizer(
         args.optimizer,
         parameters,
@@ -557,7 +596,9 @@ def main(argv: list[str] | None = None) -> None:
         with averaged(ema, averages):
             if len(held_out):
                 metrics = held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size)
-                if args.align_weight > 0 and engine is None:  # DeepSpeed makes a step of every backward pass
+                if (
+                    args.align_weight > 0 and is_edit and engine is None
+                ):  # DeepSpeed makes a step of every backward pass
                     metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate)
             if args.num_validation_edits:
                 pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)
@@ -594,6 +635,12 @@ def main(argv: list[str] | None = None) -> None:
         if main_process:
             prune_checkpoints(args.output, args.checkpoints_total_limit)
 
+    def write_entry(step: int, entry: dict[str, float]) -> None:
+        accelerator.log(entry, step)
+        if main_process:
+            log.write(json.dumps({"step": step} | entry) + "\n")
+            log.flush()
+
     # 4. The loop
     if main_process:
         prune_checkpoints(args.output, None)  # what a killed process has left
@@ -601,14 +648,19 @@ def main(argv: list[str] | None = None) -> None:
     accelerator.init_trackers("rvedit", hyperparameters, {"tensorboard": {"purge_step": step}} if step else {})
     log = open_log(args.output / "log.jsonl", step) if main_process else None
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not main_process)
-    meter = LossMeter(device)
+    meter = LossMeter(device, "flow" if is_edit else "connect")
     last = {}
+    if not is_edit and args.validation_steps and len(held_out):  # what the converted base has lost, and can have back
+        for is_base in (True, False):
+            last |= held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size, is_base)
+        if step == 0:
+            write_entry(0, last)
     ticks = (time.monotonic(), step)
     for batch in batches:
         if step >= args.max_train_steps:
             break
         is_aligned = step % args.align_every == 0 and step < (args.align_stop_step or math.inf)
-        if not (args.align_weight > 0 and is_aligned):
+        if is_edit and not (args.align_weight > 0 and is_aligned):
             del batch["align_positions"]
         batch = send_to_device(batch, device, non_blocking=True)
         torch.manual_seed(
@@ -617,16 +669,20 @@ def main(argv: list[str] | None = None) -> None:
         with accelerator.accumulate(model):
             with accelerator.autocast():
                 velocity, align_loss = model(batch)
-            weight = None
-            if args.edit_weight:
-                weight = edit_region_weight(batch["latents"], batch["source_latents"], args.edit_weight)
-            flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight)
-            loss = flow_loss.mean()
-            if align_loss is not None:
-                ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
-                loss = loss + args.align_weight * ramp * align_loss.mean()
-            num_candidates = 1 if align_loss is None else batch["align_positions"].shape[1]
-            meter.add(flow_loss, batch["sigmas"], align_loss, num_candidates)
+            if not is_edit:
+                loss = align_loss.mean()
+                meter.add(align_loss, batch["sigmas"], None, 1)
+            else:
+                weight = None
+                if args.edit_weight:
+                    weight = edit_region_weight(batch["latents"], batch["source_latents"], args.edit_weight)
+                flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight)
+                loss = flow_loss.mean()
+                if align_loss is not None:
+                    ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
+                    loss = loss + args.align_weight * ramp * align_loss.mean()
+                num_candidates = 1 if align_loss is None else batch["align_positions"].shape[1]
+                meter.add(flow_loss, batch["sigmas"], align_loss, num_candidates)
             accelerator.backward(loss)
             if not accelerator.sync_gradients:
                 continue
@@ -662,12 +718,9 @@ def main(argv: list[str] | None = None) -> None:
             entry |= validate()
         if entry:
             last |= entry
-            accelerator.log(entry, step)
-            if main_process:
-                log.write(json.dumps({"step": step} | entry) + "\n")
-                log.flush()
-                shown = ("flow", "align", "information_nats", "validation_flow", "nonfinite")
-                bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
+            write_entry(step, entry)
+            shown = ("flow", "align", "information_nats", "connect", "validation_flow", "nonfinite")
+            bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             save(args.output / f"checkpoint-{step}")
 
@@ -687,11 +740,15 @@ def main(argv: list[str] | None = None) -> None:
             "learned": ", ".join(modules) + (f", LoRA of rank {args.lora_rank}" if is_lora else ""),
             "optimizer": f"{args.optimizer}, learning rate {args.learning_rate:g}, {args.lr_scheduler}",
             "weights": f"moving average, {args.ema_decay}" if ema is not None else "the last",
-            "alignment": f"{args.align_loss}, weight {args.align_weight:g}, blocks {branches.align_blocks}",
         }
-        publish(
-            args, results, facts, {name: last[name] for name in ("flow", "align", "validation_flow") if name in last}
-        )
+        if is_edit:
+            facts["alignment"] = f"{args.align_loss}, weight {args.align_weight:g}, blocks {branches.align_blocks}"
+        else:
+            facts["connected"] = f"blocks {branches.align_blocks}"
+        losses = ("flow", "align", "connect", "validation_flow", "validation_flow_base")
+        for result in results:
+            record_stage(result, args.stage)
+        publish(args, base, results, facts, {name: last[name] for name in losses if name in last})
     accelerator.end_training()
 
 

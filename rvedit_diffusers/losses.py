@@ -67,6 +67,20 @@ def edit_region_weight(latents: torch.Tensor, source_latents: torch.Tensor, stre
     return 1 + strength * (change / full_change).clamp(max=1)
 
 
+def feature_matching_loss(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of features as a share of the targets' mean square.
+
+    Args:
+        features, targets (`torch.Tensor` of shape `(batch, tokens, dim)`): Any float dtype; the error is taken in
+            float32. `targets` is a constant.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32; 1 is what features of zero would give.
+    """
+    targets = targets.detach().float()
+    return (features.float() - targets).square().mean(dim=(1, 2)) / targets.square().mean(dim=(1, 2)).clamp(min=1e-12)
+
+
 class AlignmentHead(nn.Module):
     """Projects attention features of both branches before they are compared; used in training alone.
 

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -481,6 +482,25 @@ def test_the_card_tells_what_was_trained(model, cache, tmp_path):
     assert card.data.pipeline_tag == "video-to-video" and "lora" in card.data.tags
     assert "| steps | 2 of 4 pairs |" in card.text and "validation flow, last" in card.text
     assert (tmp_path / "lora" / "sample.png").is_file()
+
+
+def test_the_cards_tell_what_a_converted_base_was_made_from(model, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    wan, mllm = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Qwen/Qwen2.5-VL-3B-Instruct"
+    record = {"wan": {"source": wan, "revision": None}, "mllm": {"source": mllm, "revision": None}}
+    record |= {"parameters": {"mapped": 3, "new": 2, "dropped": 1}}
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"conversion": record}))
+    options = ("--max_train_steps=1", "--train_distiller=connectors", *QUIET, *LORA)
+    run(base, tmp_path / "cache", tmp_path / "out", *options)
+    lora, pipeline = (ModelCard.load(tmp_path / "out" / kind / "README.md") for kind in ("lora", "pipeline"))
+    index = json.loads((tmp_path / "out" / "pipeline" / "model_index.json").read_text())
+    assert index["conversion"] == record | {"stages": ["edit"]}
+    for card, relation in ((lora, "adapter"), (pipeline, "finetune")):
+        assert card.data.base_model == [wan, mllm] and card.data["base_model_relation"] == relation
+        assert card.data["license_name"] == "qwen-research" and "UNTRAINED" not in card.text
+    assert 'from_pretrained("pipeline")' in lora.text and 'load_lora_weights("lora")' in lora.text
 
 
 def test_a_hub_that_cannot_be_reached_ends_the_run_before_it_begins(model, cache, tmp_path, capsys, monkeypatch):

@@ -3,7 +3,7 @@
 from .backgrounds import TEST_PHOTOS, TRAIN_PHOTOS
 from .edits import NEW_OPERATIONS, OPERATIONS, Edit, SyntheticEdits, demo_edit, referring_expressions
 from .metrics import judge, outside_psnr, psnr
-from .scenes import COLOURS, GRADES, SHAPES, Scene, SceneObject, render, sample_scene
+from .scenes import COLOURS, GRADES, SHAPES, Scene, SceneObject, caption, render, sample_scene
 
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "SyntheticEdits",
     "TEST_PHOTOS",
     "TRAIN_PHOTOS",
+    "caption",
     "demo_edit",
     "judge",
     "outside_psnr",

@@ -63,6 +63,13 @@ class Scene:
         return replace(self, objects=tuple(objects))
 
 
+def caption(scene: Scene) -> str:
+    """What a scene shows, as a captioner would say it: "a large red circle and a small blue star over a photo"."""
+    things = [f"a {thing.size} {thing.colour} {thing.shape}" for thing in scene.objects]
+    listed = " and ".join([", ".join(things[:-1])] * (len(things) > 1) + things[-1:])
+    return f"{listed or 'nothing'} over a {scene.background}"
+
+
 def sample_path(rng: np.random.Generator, motion: str, num_frames: int, radius: float) -> np.ndarray:
     time = np.linspace(0.0, 1.0, num_frames)[:, None]
     low, high = radius * 0.9, 1.0 - radius * 0.9

@@ -1,4 +1,4 @@
-"""The editing branch and the reference branch of a training step, as one module."""
+"""What runs in a training step, as one module: an editing branch and the branch that it is compared with."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from ..distiller_rvedit import RVEDiTTokenDistiller
-from ..losses import AlignmentHead, cosine_alignment_loss, infonce_loss, relational_alignment_loss
+from ..losses import (
+    AlignmentHead,
+    cosine_alignment_loss,
+    feature_matching_loss,
+    infonce_loss,
+    relational_alignment_loss,
+)
 from ..transformer_rvedit import RVEDiTTransformer3DModel
 
 
@@ -160,3 +166,72 @@ class EditingBranches(nn.Module):
             positions = batch["align_positions"].unsqueeze(-1).expand(-1, -1, features.shape[-1])
             losses.append(self._align(head, features.gather(1, positions), target.gather(1, positions)))
         return output.sample, torch.stack(losses).mean(0)
+
+
+class ConnectingBranches(EditingBranches):
+    """The first stage after a base was converted: its shallow blocks learn to read editing tokens in place of text.
+
+    The text branch is the base itself: its shallow blocks read the text, as editing tokens of the text's own values.
+    The editing branch reads what the distiller makes of a clip and its caption. Where both have the same features the
+    converted model computes what the base computes, as deep blocks read the text in both, and see neither visual
+    tokens nor the source. Both branches stop after the last shallow block. The transformer does not learn.
+
+    Args:
+        transformer ([`RVEDiTTransformer3DModel`]): Its shallow blocks read editing tokens, its deep ones do not.
+        distiller ([`RVEDiTTokenDistiller`]): What learns.
+        mllm (`PreTrainedModel`, *optional*): See [`EditingBranches`].
+
+    Raises:
+        ValueError: The transformer's routing leaves nothing to connect.
+    """
+
+    def __init__(
+        self, transformer: RVEDiTTransformer3DModel, distiller: RVEDiTTokenDistiller, mllm: nn.Module | None = None
+    ):
+        tokens = [block.tokens for block in transformer.blocks]
+        shallow = [index for index, names in enumerate(tokens) if "edit" in names]
+        if not shallow or any("text" in tokens[index] for index in shallow) or len(shallow) == len(tokens):
+            raise ValueError(
+                "`transformer` has to read editing tokens without text in its shallow blocks, and text in its deep"
+                f" ones, but has num_shallow_blocks={transformer.config.num_shallow_blocks},"
+                f" shallow_tokens={transformer.config.shallow_tokens}, deep_tokens={transformer.config.deep_tokens}"
+            )
+        super().__init__(transformer, distiller, mllm=mllm, align_blocks=shallow)
+        self.heads = nn.ModuleList()
+        transformer.requires_grad_(False)
+
+    def forward(self, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Run a step.
+
+        Args:
+            batch (`dict`): As for [`EditingBranches`]; `source_latents`, what is of the reference and the conditions
+                that are kept have no use. `is_base` (`bool`): whether the shallow blocks read the text.
+
+        Returns:
+            `tuple`: with `align_positions` in the batch, `None` and the loss `(batch,)`, the mean over the shallow
+            blocks in float32; without, the velocity `(batch, channels, frames, height, width)` and `None`.
+        """
+        level = batch["sigmas"].view(-1, 1, 1, 1, 1)
+        condition = {
+            "hidden_states": (1 - level) * batch["latents"] + level * batch["noise"],
+            "timestep": 1000 * batch["sigmas"],
+            "encoder_hidden_states": batch["prompt_embeds"],
+        }
+        with torch.no_grad():  # the transformer adds its bias to editing tokens
+            text = self.transformer.condition_embedder.text_embedder(batch["prompt_embeds"])
+            text = text.float() - self.transformer.edit_bias.float()
+        if "align_positions" not in batch:
+            edit = text if batch.get("is_base") else self._tokens(batch)["edit_hidden_states"]
+            return self.transformer(**condition, edit_hidden_states=edit).sample, None
+
+        stop = {"return_features": self.align_blocks, "stop_after_block": max(self.align_blocks)}
+        with torch.no_grad():
+            targets = self.transformer(**condition, edit_hidden_states=text, **stop).features
+        edit = self._tokens(batch)["edit_hidden_states"]
+        features = self.transformer(**condition, edit_hidden_states=edit, **stop).features
+        positions = batch["align_positions"].unsqueeze(-1).expand(-1, -1, features[0].shape[-1])
+        losses = [
+            feature_matching_loss(feature.gather(1, positions), target.gather(1, positions))
+            for feature, target in zip(features, targets, strict=True)
+        ]
+        return None, torch.stack(losses).mean(0)

@@ -98,18 +98,22 @@ def encode_pairs(
     unique = dict(zip(keys, sources, strict=True))
     source_latents = pipe.encode_video(to_video(list(unique.values())))
     rows["source_latents"] = source_latents[[list(unique).index(key) for key in keys]]
-    rows["latents"] = pipe.encode_video(to_video(edited))
+    is_captioned = all(source is clip for source, clip in zip(sources, edited, strict=True))
+    rows["latents"] = rows["source_latents"] if is_captioned else pipe.encode_video(to_video(edited))
 
     # 2. Tokens of both branches
     if tokens != "none":
         rates = [pairs.fps(index) for index in indices]
-        for prefix, clips in (("", sources), ("reference_", edited)):
+        read = {"": sources} if is_captioned else {"": sources, "reference_": edited}
+        for prefix, clips in read.items():
             inputs = pipe.processor(list(clips), texts, fps=rates).to(get_module_execution_device(pipe.mllm))
             edit, visual, positions, mask = pipe.distiller.harvest(pipe.mllm, inputs)
             assert mask is None  # clips of one size have equally many visual tokens
             if tokens == "tokens":
                 edit, visual = pipe.distiller.connect(edit, visual)
             rows |= {f"{prefix}edit_tokens": edit, f"{prefix}visual_tokens": visual}
+        if is_captioned:
+            rows |= {f"reference_{name}": rows[name] for name in ("edit_tokens", "visual_tokens")}
     samples = [{name: value[i].to("cpu", torch.bfloat16) for name, value in rows.items()} for i in range(len(indices))]
     if tokens != "none":
         for sample, row in zip(samples, positions.cpu(), strict=True):

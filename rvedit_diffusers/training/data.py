@@ -31,6 +31,7 @@ PRESETS = {
     "openve": ("original_video", "edited_video", "prompt"),
     "ditto": ("source_path", "edited_path", "instruction"),
     "reco": ("src_video", "tar_video", "instruction_final_refine"),
+    "captions": ("video", "video", "caption"),  # one clip a row
 }
 
 ASPECT_TOLERANCE = 0.05  # aspect ratios that differ by less are taken as the same
@@ -426,16 +427,17 @@ def load_pair(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         `tuple[np.ndarray, np.ndarray]`: source and edited clip, both `(num_frames, height, width, 3)` uint8 RGB of the
-        size of the bucket. The same plan and files give the same bytes.
+        size of the bucket. The same plan and files give the same bytes. Of a captioned clip, a pair of one file, both
+        are one array.
 
     Raises:
         FileNotFoundError: a file has gone.
         ValueError: a file cannot be read as far as it could before.
     """
-    return (
-        _load_clip(plan.pair.source, plan.source_indices, plan.bucket),
-        _load_clip(plan.pair.edited, plan.edited_indices, plan.bucket),
-    )
+    source = _load_clip(plan.pair.source, plan.source_indices, plan.bucket)
+    if (plan.pair.source, plan.source_indices) == (plan.pair.edited, plan.edited_indices):
+        return source, source
+    return source, _load_clip(plan.pair.edited, plan.edited_indices, plan.bucket)
 
 
 def _load_clip(path: Path, indices: tuple[int, ...], bucket: Bucket) -> np.ndarray:

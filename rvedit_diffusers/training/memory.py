@@ -214,9 +214,9 @@ def describe_needs(
         transformer.enable_gradient_checkpointing()
     counts = Counter(pairs.bucket(index) for index in range(len(pairs)))
     largest = max(counts, key=lambda bucket: bucket.num_frames * bucket.height * bucket.width)
-    pair = pair_tensors(pipe, largest, "tokens", "embeds")
+    pair = pair_tensors(pipe, largest, "tokens" if branches.distiller is None else "states", "embeds")
     drawn = draws(0, pair["latents"].shape)
-    if args.align_weight == 0:
+    if args.align_weight == 0 and args.stage == "edit":
         del drawn["align_positions"]
     optimizer_bytes = {"adamw8bit": 2, "muon": 4, "SGD": 4}.get(args.optimizer, 8)
     memory = estimate_memory(
@@ -234,12 +234,12 @@ def describe_needs(
     num_kept = min(args.checkpoints_total_limit or math.inf, -(-args.max_train_steps // args.checkpointing_steps))
     disk = {
         "cache": cache,
-        f"checkpoints, {num_kept}": num_kept * checkpoint_bytes(transformer, optimizer_bytes, bool(args.ema_decay)),
+        f"checkpoints, {num_kept}": num_kept * checkpoint_bytes(branches, optimizer_bytes, bool(args.ema_decay)),
     }
     notes = []
     if tokens == "none":
-        notes.append("the MLLM, which runs in every step, and the distiller")
-    elif tokens == "states":
+        notes.append("the MLLM, which runs in every step")
+    if tokens != "tokens" and branches.distiller is None:
         notes.append("the distiller")
     if text == "ids":
         notes.append("the text encoder")

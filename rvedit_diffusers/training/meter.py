@@ -16,9 +16,11 @@ class LossMeter:
 
     Args:
         device (`torch.device`): Of the losses.
+        name (`str`, defaults to `"flow"`): Of the loss that is also shown by noise level.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, name: str = "flow"):
+        self.name = name
         # a column for each band of noise levels, the alignment loss, and the bound's ceiling, which differs by bucket
         self.sums, self.counts = torch.zeros(2, len(SIGMA_BANDS) + 2, device=device)
 
@@ -26,8 +28,8 @@ class LossMeter:
         """Count a batch.
 
         Args:
-            flow (`torch.Tensor` of shape `(batch,)`), sigmas (`torch.Tensor` of shape `(batch,)`): Flow matching loss
-                and noise level, in [0, 1], of each sample.
+            flow (`torch.Tensor` of shape `(batch,)`), sigmas (`torch.Tensor` of shape `(batch,)`): Loss and noise
+                level, in [0, 1], of each sample.
             align (`torch.Tensor` of shape `(batch,)`, *optional*): Alignment loss.
             num_tokens (`int`): Tokens that InfoNCE compares.
         """
@@ -48,10 +50,10 @@ class LossMeter:
         self.counts.zero_()
         entry, num_bands = {}, len(SIGMA_BANDS)
         if any(counts[:num_bands]):
-            entry["flow"] = sum(sums[:num_bands]) / sum(counts[:num_bands])
+            entry[self.name] = sum(sums[:num_bands]) / sum(counts[:num_bands])
         for name, total, count in zip(SIGMA_BANDS, sums, counts):
             if count:
-                entry[f"flow_sigma_{name}"] = total / count
+                entry[f"{self.name}_sigma_{name}"] = total / count
         if counts[-1]:
             entry["align"] = sums[-2] / counts[-2]
         if counts[-1] and is_infonce:

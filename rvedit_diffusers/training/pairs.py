@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from ..synthetic import SyntheticEdits
+from ..synthetic import SyntheticEdits, caption
 from ..synthetic.edits import DRAWN
 from .data import Bucket, Plan, content_key, load_pair
 from .record import ScanRecord
@@ -81,10 +81,12 @@ class SyntheticPairs:
         edits ([`SyntheticEdits`]): The list.
         num_pairs (`int`): How many of it.
         fps (`float`): The rate that the clips are said to have.
+        captioned (`bool`, defaults to `False`): Whether a pair is a source clip alone, with its caption for an
+            instruction.
     """
 
-    def __init__(self, edits: SyntheticEdits, num_pairs: int, fps: float):
-        self.edits, self.num_pairs, self.rate = edits, num_pairs, fps
+    def __init__(self, edits: SyntheticEdits, num_pairs: int, fps: float, captioned: bool = False):
+        self.edits, self.num_pairs, self.rate, self.captioned = edits, num_pairs, fps, captioned
 
     def __len__(self) -> int:
         return self.num_pairs
@@ -94,17 +96,19 @@ class SyntheticPairs:
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         edit = self.edits[index]
-        return edit.source_frames, edit.target_frames
+        return edit.source_frames, edit.source_frames if self.captioned else edit.target_frames
 
     def instruction(self, index: int) -> str:
-        return self.edits[index].instruction
+        edit = self.edits[index]
+        return caption(edit.scene) if self.captioned else edit.instruction
 
     def fps(self, index: int) -> float:
         return self.rate
 
     def key(self, index: int) -> str:
-        return hashlib.sha256(json.dumps([DRAWN, vars(self.edits), index, self.rate]).encode()).hexdigest()
+        drawn = [DRAWN, vars(self.edits), index, self.rate] + ["captioned"] * self.captioned
+        return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
 
     def hold_out(self, count: int, seed: int) -> tuple["SyntheticPairs", "SyntheticPairs"]:
         unseen = SyntheticEdits(1_000_000 + seed, operations=self.edits.operations, **self.edits.scene_arguments)
-        return self, SyntheticPairs(unseen, count, self.rate)
+        return self, SyntheticPairs(unseen, count, self.rate, self.captioned)

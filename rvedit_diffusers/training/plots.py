@@ -14,10 +14,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 # What shares a panel: the beginning of the names, or names.
 PANELS = {
-    "flow matching loss": ("flow", "validation_flow"),
+    "flow matching loss": ("flow", "validation_flow", "validation_flow_base"),
     "flow matching loss by noise level": ("flow_sigma_",),
     "held-out loss by noise level": ("validation_flow_sigma_",),
     "alignment loss": ("align",),
+    "distance to the base's features": ("connect",),
+    "distance to the base's features by noise level": ("connect_sigma_",),
     "mutual information, nats": ("information_nats", "information_ceiling_nats"),
     "gradient norms": ("gradient_norm", "gradient_norm_flow", "gradient_norm_align"),
     "learning rate": ("lr",),

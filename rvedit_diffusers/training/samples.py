@@ -107,7 +107,10 @@ class MLLMCollator:
         clips, reference_clips, texts, rates = ([sample.pop(name) for sample in samples] for name in read)
         batch = torch.utils.data.default_collate(samples)
         batch["mllm_inputs"] = dict(self.processor(clips, texts, fps=rates))
-        batch["reference_mllm_inputs"] = dict(self.processor(reference_clips, texts, fps=rates))
+        is_captioned = all(clip is reference for clip, reference in zip(clips, reference_clips, strict=True))
+        batch["reference_mllm_inputs"] = (
+            batch["mllm_inputs"] if is_captioned else dict(self.processor(reference_clips, texts, fps=rates))
+        )
         return batch
 
 

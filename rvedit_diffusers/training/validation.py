@@ -63,7 +63,12 @@ def turns(num_items: int, rank: int, num_processes: int) -> list[tuple[int, bool
 
 @torch.no_grad()
 def held_out_loss(
-    accelerator: Accelerator, model: nn.Module, samples: Samples, collate: Callable, batch_size: int
+    accelerator: Accelerator,
+    model: nn.Module,
+    samples: Samples,
+    collate: Callable,
+    batch_size: int,
+    is_base: bool = False,
 ) -> dict[str, float]:
     """Flow matching loss at fixed noise levels and noise.
 
@@ -73,9 +78,11 @@ def held_out_loss(
         samples ([`Samples`]): Made with [`FixedDraws`], without positions.
         collate (`Callable`): Makes a batch of samples.
         batch_size (`int`): Noise levels of one pair that run together.
+        is_base (`bool`, defaults to `False`): For [`ConnectingBranches`]: the loss of the base that it starts from.
 
     Returns:
-        `dict[str, float]`: `validation_flow`, the mean, and `validation_flow_sigma_0.1` and so on.
+        `dict[str, float]`: `validation_flow`, the mean, and `validation_flow_sigma_0.1` and so on; of the base
+        `validation_flow_base` alone.
     """
     model.eval()
     count = len(VALIDATION_SIGMAS)
@@ -84,13 +91,15 @@ def held_out_loss(
         for start in range(0, count, batch_size):
             levels = range(start, min(start + batch_size, count))
             batch = collate([samples[pair, pair * count + level] for level in levels])
-            batch = send_to_device(batch, accelerator.device)
+            batch = send_to_device(batch, accelerator.device) | ({"is_base": True} if is_base else {})
             with accelerator.autocast():
                 velocity, _ = model(batch)
             if counts:
                 sums[levels.start : levels.stop] += flow_matching_loss(velocity, batch["latents"], batch["noise"])
     model.train()
     means = (accelerator.reduce(sums) / len(samples)).tolist()
+    if is_base:
+        return {"validation_flow_base": sum(means) / count}
     named = {f"validation_flow_sigma_{s}": mean for s, mean in zip(VALIDATION_SIGMAS, means, strict=True)}
     return {"validation_flow": sum(means) / count, **named}
 
