@@ -8,6 +8,7 @@ from rvedit_diffusers.losses import (
     AlignmentHead,
     cosine_alignment_loss,
     edit_region_weight,
+    feature_matching_loss,
     flow_matching_loss,
     infonce_loss,
     mutual_information_bound,
@@ -24,6 +25,20 @@ def features(seed: int = 0, batch: int = 2, tokens: int = 12, dim: int = 8) -> t
 def test_flow_matching_loss_is_zero_at_the_velocity():
     latents, noise = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
     assert torch.equal(flow_matching_loss(noise - latents, latents, noise), torch.zeros(2))
+
+
+def test_feature_matching_is_a_share_of_the_targets_mean_square():
+    targets = features()
+    offsets = torch.tensor([0.0, 0.5]).view(-1, 1, 1)
+    torch.testing.assert_close(feature_matching_loss(targets * (1 + offsets), targets), torch.tensor([0.0, 0.25]))
+    assert torch.equal(feature_matching_loss(0 * targets, targets), torch.ones(2))
+    assert torch.equal(feature_matching_loss(torch.zeros(1, 3, 2), torch.zeros(1, 3, 2)), torch.zeros(1))
+
+
+def test_feature_matching_teaches_the_features_alone():
+    first, second = features(1).requires_grad_(), features(2).requires_grad_()
+    feature_matching_loss(first, second).sum().backward()
+    assert first.grad.any() and second.grad is None
 
 
 def test_flow_matching_loss_is_taken_per_clip():

@@ -42,6 +42,7 @@ BUCKET = "5x32x32"
 LORA = ("--lora_rank=2",)
 FULL = ("--training_type=full", "--train_distiller=none")
 ALL = ("--training_type=full",)
+CONNECT = ("--stage=connect",)
 QUIET = ("--validation_steps=0", "--report_to=none")
 
 
@@ -141,6 +142,8 @@ def run_until_checkpoint(model, cache, output, *options):
         (*FULL, "--lr_scheduler=cosine", "--gradient_accumulation_steps=2", "--train_batch_size=2"),
         (*FULL, "--optimizer=muon", "--train_distiller=connectors", "--train_text_encoder"),
         (*ALL, "--optimizer=NAdam", "--ema_decay=0.9"),
+        (*CONNECT, "--ema_decay=0.9"),
+        (*CONNECT, "--train_distiller=connectors", "--gradient_checkpointing", "--optimizer=muon"),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model, cache, tmp_path, options):
@@ -316,6 +319,50 @@ def test_full_training_learns_the_queries_through_the_mllm(model, cache, tmp_pat
         assert torch.equal(tensor, after.mllm.state_dict()[key]), key
 
 
+def test_connecting_brings_the_loss_of_a_converted_model_to_that_of_its_base(model, cache, tmp_path):
+    options = ("--max_train_steps=40", "--validation_steps=20", "--num_validation_edits=0", "--report_to=none")
+    log = run(model, cache, tmp_path, *options, *CONNECT, "--mixed_precision=no")
+    assert log[0]["step"] == 0 and log[-1]["connect"] < 0.5 * log[1]["connect"]
+    base = log[0]["validation_flow_base"]
+    distances = [abs(entry["validation_flow"] - base) for entry in log if "validation_flow" in entry]
+    assert len(distances) == 3 and distances[-1] < 0.5 * distances[0]
+
+
+def test_connecting_changes_the_queries_and_the_editing_tokens_connector_alone(model, cache, tmp_path):
+    run(model, cache, tmp_path, "--max_train_steps=2", *QUIET, *CONNECT)
+    before, after = (tensors(path / "distiller") for path in (model, tmp_path / "pipeline"))
+    changed = {name.split(": ")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name.split(": ")[1] for name in before if "visual_connector" not in name}
+    for name in ("transformer", "mllm", "vae", "text_encoder"):
+        assert_equal(model / name, tmp_path / "pipeline" / name)
+
+
+def test_captioned_clips_are_read_from_a_table_of_clips(model, tmp_path, capsys):
+    write_video(tmp_path / "clip.mp4", make_clip(12), fps=8)
+    (tmp_path / "metadata.csv").write_text("video,caption\nclip.mp4,a red square\nclip.mp4,a square\n")
+    options = ("--max_train_steps=1", f"--train_data={tmp_path}", "--num_validation_pairs=1", "--train_batch_size=1")
+    run(model, tmp_path / "cache", tmp_path / "out", *options, *QUIET, *CONNECT)
+    assert "1 pairs to train on, 1 to validate on" in capsys.readouterr().out
+
+
+def test_the_estimate_of_connecting_counts_the_distiller(model, tmp_path, capsys):
+    run_dry = ("--dry_run", "--gradient_checkpointing", *QUIET, *CONNECT)
+    train.main(arguments(model, tmp_path / "cache", tmp_path / "out", *run_dry))
+    output = capsys.readouterr().out
+    assert "besides: the MLLM, which runs in every step\n" in output and "distiller" not in output
+    size = sum(tensor.nbytes for tensor in tensors(model / "distiller").values())
+    line = next(line for line in output.splitlines() if line.startswith("optimizer"))
+    assert float(line.split()[1]) == pytest.approx(2 * size / 2**20, abs=0.01)
+
+
+@pytest.mark.parametrize("computes, precision", [(True, "bf16"), (False, "no")])
+def test_precision_is_what_the_processor_computes_in(model, tmp_path, monkeypatch, computes, precision):
+    monkeypatch.setattr(train, "computes_in_bfloat16", lambda: computes)
+    argv = arguments(model, tmp_path, tmp_path / "out")
+    assert train.parse_args(argv).mixed_precision == precision
+    assert train.parse_args([*argv, "--mixed_precision=bf16"]).mixed_precision == "bf16"
+
+
 def test_encoders_are_not_in_memory_while_training(model, cache, tmp_path, monkeypatch):
     kinds = (AutoencoderKLWan, PreTrainedModel, RVEDiTTokenDistiller)
 
@@ -324,8 +371,8 @@ def test_encoders_are_not_in_memory_while_training(model, cache, tmp_path, monke
         return {id(item): type(item).__name__ for item in gc.get_objects() if isinstance(item, kinds)}
 
     class Meter(train.LossMeter):  # made right before the loop
-        def __init__(self, device):
-            super().__init__(device)
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
             alive.update({key: name for key, name in encoders().items() if key not in before})
 
     before, alive = encoders(), {}

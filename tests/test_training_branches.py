@@ -4,9 +4,15 @@ import pytest
 import torch
 from components import DIM, TEXT_DIM, build_transformer, make_clip
 
+from rvedit_diffusers import RVEDiTTransformer3DModel
 from rvedit_diffusers.losses import cosine_alignment_loss, infonce_loss, relational_alignment_loss
 from rvedit_diffusers.training import branches as branches_module
-from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, EditingBranches, default_align_blocks
+from rvedit_diffusers.training.branches import (
+    ALIGNMENT_LOSSES,
+    ConnectingBranches,
+    EditingBranches,
+    default_align_blocks,
+)
 
 
 SHAPE = (16, 2, 4, 4)  # of the latents of a clip: 8 tokens
@@ -364,6 +370,108 @@ def test_the_mllm_is_neither_trained_nor_saved(live):
     own = {id(tensor) for tensor in (*branches.parameters(), *branches.buffers())}
     assert not own & {id(tensor) for tensor in (*pipe.mllm.parameters(), *pipe.mllm.buffers())}
     assert not any("mllm" in name for name in branches.state_dict())
+
+
+# Connecting
+
+
+@pytest.fixture
+def connecting(pipe):
+    torch.manual_seed(0)
+    transformer = build_transformer(num_layers=4, num_shallow_blocks=2)
+    with torch.no_grad():
+        transformer.edit_bias.normal_()
+    return ConnectingBranches(transformer, pipe.distiller).train(), build_batch(width=32)
+
+
+def of_base(branches, batch, **arguments):
+    """What the same weights compute with the text in all blocks."""
+    routing = {"shallow_tokens": ("text",), "deep_tokens": ("text",)}
+    base = RVEDiTTransformer3DModel.from_config(branches.transformer.config, **routing).eval()
+    base.load_state_dict(branches.transformer.state_dict(), strict=False)
+    sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
+    noisy = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
+    with torch.no_grad():
+        return base(noisy, 1000 * batch["sigmas"], batch["prompt_embeds"], **arguments)
+
+
+def test_the_text_branch_is_the_base(connecting):
+    branches, batch = connecting
+    del batch["align_positions"]
+    velocity, loss = branches(batch | {"is_base": True})
+    assert loss is None
+    torch.testing.assert_close(velocity, of_base(branches, batch).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_is_the_distance_of_the_shallow_features_from_the_bases(connecting):
+    branches, batch = connecting
+    velocity, loss = branches(batch)
+    assert velocity is None
+    targets = of_base(branches, batch, return_features=[0, 1]).features
+    sigmas = batch["sigmas"].view(-1, 1, 1, 1, 1)
+    features = branches.transformer(
+        (1 - sigmas) * batch["latents"] + sigmas * batch["noise"],
+        1000 * batch["sigmas"],
+        batch["prompt_embeds"],
+        edit_hidden_states=branches.distiller.connect(batch["edit_tokens"], batch["visual_tokens"])[0],
+        return_features=[0, 1],
+    ).features
+    expected = []
+    for feature, target in zip(features, targets):
+        for row, (at, of) in enumerate(zip(feature, target)):
+            at, of = at[POSITIONS[row]], of[POSITIONS[row]]
+            expected.append((at - of).square().mean() / of.square().mean())
+    torch.testing.assert_close(loss, torch.stack(expected).view(2, 2).mean(0), atol=1e-5, rtol=1e-4)
+
+
+def test_the_transformer_does_not_learn(connecting):
+    branches, batch = connecting
+    branches(batch)[1].mean().backward()
+    learned = {name for name, parameter in branches.named_parameters() if parameter.grad is not None}
+    assert learned == {
+        f"distiller.edit_connector.{name}" for name, _ in branches.distiller.edit_connector.named_parameters()
+    }
+    assert len(branches.heads) == 0
+
+
+def test_both_branches_stop_after_the_last_shallow_block(connecting):
+    branches, batch = connecting
+    calls = []
+    for index, block in enumerate(branches.transformer.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
+    branches(batch)
+    assert calls == [0, 1, 0, 1]
+
+
+def test_queries_learn_to_connect_through_the_mllm(live):
+    pipe, editing, batch = live
+    branches = ConnectingBranches(editing.transformer, pipe.distiller, pipe.mllm).train()
+    branches(batch)[1].mean().backward()
+    assert pipe.distiller.queries.grad.any()
+
+
+def test_gradients_of_connecting_with_checkpointing_are_those_without(connecting):
+    branches, batch = connecting
+    plain = torch.autograd.grad(branches(batch)[1].mean(), list(branches.distiller.edit_connector.parameters()))
+    branches.transformer.enable_gradient_checkpointing()
+    again = torch.autograd.grad(branches(batch)[1].mean(), list(branches.distiller.edit_connector.parameters()))
+    torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [
+        {"num_shallow_blocks": 0},
+        {"num_shallow_blocks": 4},
+        {"shallow_tokens": ("edit", "text")},
+        {"shallow_tokens": ("text",)},
+        {"deep_tokens": ("edit", "text", "visual")},
+    ],
+)
+def test_a_routing_without_anything_to_connect_is_refused(pipe, routing):
+    transformer = build_transformer(**{"num_layers": 4, "num_shallow_blocks": 2} | routing)
+    with pytest.raises(ValueError, match="`transformer` has to read editing tokens without text in its shallow"):
+        ConnectingBranches(transformer, pipe.distiller)
 
 
 # Wrong arguments

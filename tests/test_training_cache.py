@@ -6,7 +6,7 @@ import pytest
 import torch
 from components import TEXT_DIM, build_pipeline, make_clip
 
-from rvedit_diffusers.synthetic import SyntheticEdits
+from rvedit_diffusers.synthetic import SyntheticEdits, caption
 from rvedit_diffusers.training import cache
 from rvedit_diffusers.training.cache import (
     TEXTS,
@@ -160,6 +160,27 @@ def test_a_source_clip_of_several_edits_is_encoded_once(pipe, tmp_path, monkeypa
     calls = count_calls(monkeypatch, pipe, "encode_video")
     fill_cache(pipe, PAIRS, tmp_path, "none", batch_size=4)
     assert [len(video) for (video,) in calls] == [2, 4]  # two scenes, four edits
+
+
+def test_a_captioned_clip_is_encoded_once_for_both_branches(pipe, tmp_path, monkeypatch):
+    pairs = SyntheticPairs(EDITS, 2, 16.0, captioned=True)
+    videos, passes = (
+        count_calls(monkeypatch, pipe, "encode_video"),
+        count_calls(monkeypatch, pipe.distiller, "harvest"),
+    )
+    sample = CachedPairs(fill_cache(pipe, pairs, tmp_path, batch_size=2), text_length(pipe))[0]
+    assert len(videos) == len(passes) == 1
+    for name in ("latents", "edit_tokens", "visual_tokens"):
+        other = "source_latents" if name == "latents" else f"reference_{name}"
+        assert torch.equal(sample[name], sample[other])
+    with torch.no_grad():
+        text, _ = pipe.encode_prompt(caption(EDITS[0].scene), do_classifier_free_guidance=False)
+    torch.testing.assert_close(sample["prompt_embeds"], text[0], atol=0.01, rtol=0.01)
+
+
+def test_captions_and_instructions_have_their_own_files(pipe):
+    keys = {SyntheticPairs(EDITS, 1, 16.0, captioned).key(0) for captioned in (False, True)}
+    assert len(keys) == 2
 
 
 # Lengths of texts

@@ -38,6 +38,16 @@ def test_other_losses_bound_no_information(accelerator):
     assert meter.read(accelerator, False) == {"flow": 1.0, "flow_sigma_0.75-1.00": 1.0, "align": 1.0}
 
 
+def test_the_loss_by_noise_level_has_the_name_that_it_is_given(accelerator):
+    meter = LossMeter(torch.device("cpu"), "connect")
+    meter.add(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.6]), None, 1)
+    assert meter.read(accelerator, True) == {
+        "connect": 2.0,
+        "connect_sigma_0.00-0.25": 1.0,
+        "connect_sigma_0.50-0.75": 3.0,
+    }
+
+
 def test_what_is_not_finite_does_not_spoil_the_means(accelerator):
     meter = LossMeter(torch.device("cpu"))
     meter.add(torch.tensor([2.0, math.nan]), torch.tensor([0.1, 0.1]), torch.tensor([math.inf, 4.0]), 8)
