@@ -96,6 +96,13 @@ def build_parser() -> Parser:
     parser.add_argument("--width", type=count, help="width to edit at, likewise")
     parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
+    parser.add_argument(
+        "--offload",
+        choices=("auto", "none", "model", "group"),
+        default="auto",
+        help="what rests in host memory: model, the parts that are not running; group, all but the layers that are;"
+        " auto, the former on GPUs that the weights would fill by more than 70 %%",
+    )
     return parser
 
 
@@ -152,10 +159,23 @@ def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with loading(parser, "--model", args.model):
-        pipe = RVEDiTPipeline.from_pretrained(args.model, dtype=dtype).to(device)
+        pipe = RVEDiTPipeline.from_pretrained(args.model, dtype=dtype)
     if args.lora is not None:
         with loading(parser, "--lora", args.lora):
             pipe.load_lora_weights(args.lora)
+
+    offload = args.offload
+    if offload == "auto":
+        models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        size = sum(parameter.nbytes for model in models for parameter in model.parameters())
+        is_full = device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info(device)[0]
+        offload = "model" if is_full else "none"
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+    elif offload == "group":
+        pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    else:
+        pipe.to(device)
     return pipe
 
 

@@ -91,6 +91,10 @@ PUBLISHED_MLLMS = {
 }
 
 
+# text_encoder/config.json of the released pipelines
+PUBLISHED_UMT5 = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bases")
@@ -180,6 +184,21 @@ def test_released_mllms_are_planned_for_with_their_width(name, bases, tmp_path):
         model = model_class(transformers.AutoConfig.from_pretrained(folder))
     assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
     assert plan.distiller_config["mllm_hidden_size"] == model.get_input_embeddings().embedding_dim
+
+
+def test_the_document_has_the_tables_of_the_released_models():
+    text = (Path(__file__).parents[1] / "docs" / "base_models.md").read_text()
+    sizes = {name: number for name, (_, number) in PUBLISHED_MLLMS.items()}
+    for name, (config, _) in PUBLISHED_WAN.items():
+        config = PUBLISHED_WAN_COMMON | config
+        parameters = account_for_parameters(config, convert_config(config))
+        assert f"### {name}\n\n```\n{describe_parameters(parameters)}\n```\n" in text
+        sizes[name] = parameters.counts()["mapped"] + parameters.counts()["new"]
+    with torch.device("meta"):
+        text_encoder = transformers.UMT5EncoderModel(transformers.UMT5Config(**PUBLISHED_UMT5))
+    sizes["UMT5-XXL"] = sum(parameter.numel() for parameter in text_encoder.parameters())
+    for name, number in sizes.items():
+        assert f"{name} | {number:,} | {2 * number / 2**30:.1f} |" in text
 
 
 def test_the_table_adds_up():

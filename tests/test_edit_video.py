@@ -110,6 +110,14 @@ def test_same_seed_gives_the_same_file(run, model):
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("offload", ["auto", "model", "group"])
+def test_offloaded_weights_give_the_same_edit(run, model, offload):
+    for name in ("none", offload):
+        options = ["--device", "cpu", "--offload", name, "--output", f"{name}.mp4"]
+        assert run("clip.mp4", "make it red", "--model", model, *options)[0] == 0
+    assert np.array_equal(*(read_video(f"{name}.mp4").frames for name in ("none", offload)))
+
+
 def test_device_and_dtype(run, model):
     for dtype in ("float32", "bfloat16"):
         options = ["--device", "cpu", "--dtype", dtype, "--output", f"{dtype}.mp4"]
