@@ -648,6 +648,11 @@ def test_a_model_that_is_no_pipeline_is_refused(tmp_path, capsys, name):
 # The same script on two processes, which talk through gloo.
 TWO_PROCESSES = ("--max_train_steps=6", "--mixed_precision=no", "--report_to=none", "--validation_steps=3")
 TWO_PROCESSES += ("--ema_decay=0.9",)
+KINDS = {
+    "lora": LORA,
+    "full": (*FULL, "--train_distiller=connectors"),
+    "connect": (*CONNECT, "--train_distiller=connectors"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -655,7 +660,7 @@ def runs_of_two(tmp_path_factory, model):
     """`single` of one process; `ddp`, `parts` (3 steps, then 3 more) and `fsdp2` of two."""
     folder = tmp_path_factory.mktemp("runs")
     cache, launches = folder / "cache", {"ddp": [], "fsdp2": []}
-    for kind, options in (("lora", LORA), ("full", (*FULL, "--train_distiller=connectors"))):
+    for kind, options in KINDS.items():
         run(model, cache, folder / kind / "single", *TWO_PROCESSES, *options)
         AcceleratorState._reset_state(reset_partial_state=True)
         ddp, parts, fsdp2 = (
@@ -682,26 +687,26 @@ def launch(wrapper, runs):
     assert done.returncode == 0, done.stderr[-9000:]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_losses_of_two_processes_are_those_of_one_process(runs_of_two, kind, wrapper):
     single, double = read_log(runs_of_two / kind / "single"), read_log(runs_of_two / kind / wrapper)
     for first, second in zip(single, double, strict=True):
-        for name in {"flow", "align", "gradient_norm", "validation_flow"} & first.keys():
+        names = {"flow", "align", "connect", "gradient_norm", "validation_flow", "validation_flow_base"}
+        for name in names & first.keys():
             assert first[name] == pytest.approx(second[name], rel=1e-3), (first["step"], name)
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_resumed_equal_uninterrupted_bit_for_bit(runs_of_two, kind):
     assert_equal(runs_of_two / kind / "ddp" / "checkpoint-6", runs_of_two / kind / "parts" / "checkpoint-6")
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_one_process_goes_on_from_a_checkpoint_of_two(runs_of_two, model, tmp_path, kind, wrapper):
-    options = LORA if kind == "lora" else (*FULL, "--train_distiller=connectors")
     checkpoint = f"--resume_from_checkpoint={runs_of_two / kind / wrapper / 'checkpoint-3'}"
-    run(model, runs_of_two / "cache", tmp_path, *TWO_PROCESSES, *options, checkpoint)
+    run(model, runs_of_two / "cache", tmp_path, *TWO_PROCESSES, *KINDS[kind], checkpoint)
     single, gone_on = tensors(runs_of_two / kind / "single" / "checkpoint-6"), tensors(tmp_path / "checkpoint-6")
     assert single.keys() == gone_on.keys()
     for name, tensor in single.items():
@@ -727,7 +732,8 @@ def test_deepspeed_trains_as_one_process_does_and_goes_on_bit_for_bit(model, tmp
     launch("deepspeed", [[*parts, "--max_train_steps=3"]])
     launch("deepspeed", [[*parts, "--resume_from_checkpoint=latest", "--allow_config_change"]])
     for first, second in zip(read_log(tmp_path / "single"), read_log(tmp_path / "whole"), strict=True):
-        for name in {"flow", "align", "gradient_norm", "validation_flow"} & first.keys():
+        names = {"flow", "align", "connect", "gradient_norm", "validation_flow", "validation_flow_base"}
+        for name in names & first.keys():
             assert first[name] == pytest.approx(second[name], rel=1e-3), (first["step"], name)
     assert_equal(tmp_path / "whole" / "checkpoint-6", tmp_path / "parts" / "checkpoint-6")
     assert_equal(tmp_path / "whole" / "lora", tmp_path / "parts" / "lora")

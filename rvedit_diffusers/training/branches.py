@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..distiller_rvedit import RVEDiTTokenDistiller
 from ..losses import (
@@ -217,6 +218,8 @@ class ConnectingBranches(EditingBranches):
             "timestep": 1000 * batch["sigmas"],
             "encoder_hidden_states": batch["prompt_embeds"],
         }
+        if isinstance(self.transformer, FSDPModule):
+            self.transformer.unshard()  # weights of its own are used before it is called
         with torch.no_grad():  # the transformer adds its bias to editing tokens
             text = self.transformer.condition_embedder.text_embedder(batch["prompt_embeds"])
             text = text.float() - self.transformer.edit_bias.float()
