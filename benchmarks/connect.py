@@ -25,6 +25,7 @@ from rvedit_diffusers.losses import flow_matching_loss, sample_sigmas
 from rvedit_diffusers.synthetic import SyntheticEdits
 from rvedit_diffusers.training.cache import CachedPairs, fill_cache, text_length
 from rvedit_diffusers.training.optimizers import build_optimizer
+from rvedit_diffusers.training.options import default_precision
 from rvedit_diffusers.training.pairs import SyntheticPairs
 from rvedit_diffusers.training.sampler import generator
 
@@ -71,7 +72,7 @@ def train_base(args: argparse.Namespace, pipe: RVEDiTPipeline, folder: Path) -> 
         noise = torch.randn(batch["latents"].shape, generator=draw)
         sigmas = sample_sigmas(args.batch_size, 3.0, draw)
         level = sigmas.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=train.computes_in_bfloat16()):
+        with torch.autocast("cpu", torch.bfloat16, enabled=default_precision() == "bf16"):
             velocity = transformer(
                 (1 - level) * batch["latents"] + level * noise, 1000 * sigmas, batch["prompt_embeds"]
             ).sample

@@ -27,7 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num_edit_tokens", type=int, default=64, help="learnable queries in the MLLM's context")
     parser.add_argument("--num_shallow_blocks", type=int, help="blocks that read them; default: a third of all")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of transformer and distiller; auto: as the base has it"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of transformer and distiller; auto: the base's own, and float32 for the distiller",
     )
     parser.add_argument("--link", action="store_true", help="link to the bases' files instead of copying them")
     parser.add_argument("--max_shard_size", default="5GB", help="of the transformer's files, and so of memory")

@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from fractions import Fraction
 from importlib.metadata import version
@@ -63,7 +64,7 @@ from rvedit_diffusers.training.data import (
 from rvedit_diffusers.training.memory import describe_needs
 from rvedit_diffusers.training.meter import LossMeter
 from rvedit_diffusers.training.optimizers import block_matrices, build_optimizer
-from rvedit_diffusers.training.options import with_config
+from rvedit_diffusers.training.options import default_precision, with_config
 from rvedit_diffusers.training.pairs import EditPairs, FilePairs, SyntheticPairs
 from rvedit_diffusers.training.plots import plot_losses
 from rvedit_diffusers.training.record import ScanRecord
@@ -75,6 +76,11 @@ from rvedit_diffusers.training.validation import FixedDraws, edit_held_out, grad
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_diffusers")
 # What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
 # and the weights, the content counts; of the batch size, that of all processes.
+OF_STAGE_EDIT = (
+    "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
+    " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
+    " align_reference_latents align_every align_warmup_steps align_stop_step operations edits_per_scene"
+).split()
 FREE_TO_CHANGE = set(
     "config model output train_data validation_data data_root strict dry_run plot cache_dir encode_batch_size"
     " num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile group_offload"
@@ -255,11 +261,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         if getattr(args, f"{name}_column") is None:
             setattr(args, f"{name}_column", column)
     if not is_edit:
-        if args.train_distiller == "none" or args.train_text_encoder or args.group_offload or args.layerwise_casting:
+        unused = [name for name in OF_STAGE_EDIT if getattr(args, name) != parser.get_default(name)]
+        if unused or args.train_distiller == "none" or args.columns != "captions":
             parser.error(
-                "--stage connect trains the distiller, all of it or its connectors, beside a transformer that stays as"
-                " it is: --train_distiller none, --train_text_encoder, --group_offload and --layerwise_casting are for"
-                " --stage edit"
+                "--stage connect trains the distiller, all of it or its connectors, on captioned clips, and nothing"
+                " else: "
+                + ", ".join(f"--{name}" for name in unused or ["train_distiller none", f"columns {args.columns}"])
+                + " is for --stage edit"
             )
         args.training_type, args.drop_instruction, args.drop_all = "none", 0.0, 0.0
     is_lora = args.training_type == "lora"
@@ -267,8 +275,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.learning_rate = args.learning_rate or (1e-5 if args.training_type == "full" else 1e-4)
     args.lora_alpha = args.lora_alpha or args.lora_rank
     args.cache_dir = args.cache_dir or args.output / "cache"
-    if args.mixed_precision is None:  # without instructions for it, bfloat16 is tens of times slower than float32
-        args.mixed_precision = "bf16" if torch.cuda.is_available() or computes_in_bfloat16() else "no"
+    args.mixed_precision = args.mixed_precision or default_precision()
     if args.resume_from_checkpoint is None:
         if checkpoints(args.output):
             parser.error(
@@ -282,10 +289,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             read_state(args.resume_from_checkpoint)
         except FileNotFoundError as error:
             parser.error(f"--resume_from_checkpoint: {error}")
-
-
-def computes_in_bfloat16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
@@ -418,6 +421,10 @@ def main(argv: list[str] | None = None) -> None:
             "bf16": {"enabled": False},  # what learns stays in float32, as everywhere
             "torch_autocast": {"enabled": args.mixed_precision == "bf16", "dtype": "bfloat16"},
         }
+    if accelerator.distributed_type == DistributedType.FSDP:  # autocast casts what is to be: no noise level, no loss
+        plugin = accelerator.state.fsdp_plugin
+        casts = {"cast_forward_inputs": False, "output_dtype": None}
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **casts)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
     torch.manual_seed(args.seed)  # of what begins at random
@@ -456,7 +463,7 @@ def main(argv: list[str] | None = None) -> None:
                 config = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")
                 skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # files, the network and the Hub's client fail in many ways
         fail(f"--model {args.model}: {error}", 2)
     pipe.set_progress_bar_config(disable=True)
     patch_size = transformer_config["patch_size"]

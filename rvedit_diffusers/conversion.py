@@ -1,10 +1,13 @@
 """From a Wan text-to-video model and a Qwen-VL to the folder of an [`RVEDiTPipeline`], a shard at a time."""
 
+import copy
 import fnmatch
+import hashlib
 import inspect
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -16,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -35,7 +37,8 @@ SUPPORTED_WAN = (
 SUPPORTED_MLLM = "supported are Qwen2.5-VL (3B, 7B) and Qwen3-VL (2B, 4B, 8B)"
 MLLM_CLASSES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
 UNCHANGED = ("tokenizer", "text_encoder", "vae", "scheduler")  # of the Wan pipeline
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+LICENCES = ("LICENSE*", "NOTICE*")
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *LICENCES)
 WEIGHTS = "*.safetensors"
 DEFAULT_MAX_AREA = {8: 480 * 832, 16: 704 * 1280}  # what the bases were trained at, by the VAE's spatial factor
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 50, 5.0  # Wan's own
@@ -275,8 +278,13 @@ def convert_transformer(
             file = stack.enter_context(safe_open(path, framework="pt"))
             weights |= {name: (file.get_tensor, file.get_slice(name)) for name in file.keys()}
 
-        # 1. Nothing is missing, left over or of another shape
+        # 1. Nothing is missing, left over, of another shape or of a format that cannot be read
         new = _new_parameters(model)
+        for name, (_, part) in weights.items():
+            if part.get_dtype() not in DTYPES:
+                raise ValueError(
+                    f"`source` {source} has to hold weights of {', '.join(DTYPES)}, but {name} is {part.get_dtype()}"
+                )
         wrong = [name for name, (_, part) in weights.items() if shapes.get(name) != tuple(part.get_shape())]
         wrong += shapes.keys() - weights.keys() - new
         if wrong:
@@ -285,19 +293,23 @@ def convert_transformer(
                 f" are missing, left over or of another shape, such as {min(wrong)}"
             )
 
-        # 2. What is new
-        made = _initialise(model, new, seed)
-        if "edit_bias" in made:
-            projection = "condition_embedder.text_embedder.linear_"
-            read = {name: weights[projection + name][0](projection + name).float() for name in TEXT_PROJECTION}
-            hidden = F.gelu(read["1.bias"], approximate="tanh")
-            made["edit_bias"] = F.linear(hidden, read["2.weight"], read["2.bias"])
+        # 2. What is new has the dtype of the first layer
         own = weights["patch_embedding.weight"][1].get_dtype()
-        dtypes = dict.fromkeys(made, DTYPES[own])
+        dtypes = dict.fromkeys(new, DTYPES[own])
         dtypes |= {name: DTYPES[part.get_dtype()] for name, (_, part) in weights.items()}
         if dtype is not None:
             kept = set(RVEDiTTransformer3DModel._keep_in_fp32_modules)
             dtypes = {name: torch.float32 if kept & set(name.split(".")) else dtype for name in dtypes}
+
+        def value(name: str) -> torch.Tensor:
+            if name not in new:
+                return weights[name][0](name)
+            if name != "edit_bias":
+                return _initialise(model, name, seed)
+            projection = "condition_embedder.text_embedder.linear_"
+            read = {part: weights[projection + part][0](projection + part).float() for part in TEXT_PROJECTION}
+            hidden = F.gelu(read["1.bias"], approximate="tanh")
+            return F.linear(hidden, read["2.weight"], read["2.bias"])
 
         # 3. All of it, shard by shard
         plan = split_torch_state_dict_into_shards(
@@ -307,12 +319,9 @@ def convert_transformer(
         )
         target.mkdir(parents=True, exist_ok=True)
         for filename, names in tqdm(plan.filename_to_tensors.items(), desc="transformer", unit="shard"):
-            shard = {}
-            for name in names:
-                value = made[name] if name in made else weights[name][0](name)
-                shard[name] = value.to(dtypes[name]).contiguous()
+            shard = {name: value(name).to(dtypes[name]).contiguous() for name in names}
             save_file(shard, target / filename, metadata={"format": "pt"})
-            del shard, value
+            del shard
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         _write_json(target / "diffusion_pytorch_model.safetensors.index.json", index)
@@ -347,16 +356,33 @@ def convert(
         ValueError: `output` is taken, a component has no safetensors, or the disk is too small.
         OSError: A file cannot be read or written.
     """
-    output = Path(output)
+    # 1. What can be known before anything is downloaded or written
+    output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output` has to be a folder that does not exist or is empty, but {output} is taken")
+    if not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise ValueError(f"`seed` has to be an integer from 0 to 2**63 - 1, got {seed!r}")
+    try:
+        split_torch_state_dict_into_shards({}, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ValueError(
+            f"`max_shard_size` has to be a size such as '5GB', got {max_shard_size!r}: {error}"
+        ) from error
+    if Path(conversion.wan).is_dir():
+        for name in ("transformer", "text_encoder", "vae"):
+            _weight_files(Path(conversion.wan, name))
+    if Path(conversion.mllm).is_dir():
+        _weight_files(Path(conversion.mllm))
+
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        # 1. The parts that are made
-        folder = _fetch("wan", conversion.wan, [f"transformer/{name}" for name in (*SMALL_FILES, WEIGHTS)])
-        record = {"wan": _origin(conversion.wan, folder)}
+        counts = conversion.parameters.counts()
+        _check_space((counts["mapped"] + counts["new"]) * (4 if dtype == torch.float32 else 2), partial)
+
+        # 2. The parts that are made
+        folder = _fetch_weights("wan", conversion.wan, conversion.wan_folder, "transformer/")
         arguments = (conversion.config, dtype, max_shard_size, seed)
         convert_transformer(folder / "transformer", partial / "transformer", *arguments)
         with torch.random.fork_rng(devices=[]):
@@ -369,17 +395,22 @@ def convert(
         processor = RVEDiTProcessor.from_mllm(conversion.mllm_folder, num_edit_tokens=num_edit_tokens)
         processor.save_pretrained(partial / "processor")
 
-        # 2. The parts that stay as they are
+        # 3. The parts that stay as they are
         for name in UNCHANGED:
-            folder = _fetch("wan", conversion.wan, [f"{name}/{pattern}" for pattern in (*SMALL_FILES, WEIGHTS)])
-            _carry_over(folder / name, partial / name, link, is_model=name in ("text_encoder", "vae"))
-        folder = _fetch("mllm", conversion.mllm, [*SMALL_FILES, WEIGHTS])
-        record["mllm"] = _origin(conversion.mllm, folder)
-        only = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
-        _carry_over(folder, partial / "mllm", link, is_model=True, patterns=only)
+            folder = _fetch_weights("wan", conversion.wan, conversion.wan_folder, f"{name}/")
+            files = _unchanged_files(folder / name, is_model=name in ("text_encoder", "vae"))
+            _carry_over(files, partial / name, link)
+        _carry_over(_unchanged_files(conversion.wan_folder, False, LICENCES), partial / "transformer", False)
+        folder = _fetch_weights("mllm", conversion.mllm, conversion.mllm_folder)
+        only = ("config.json", "generation_config.json", *LICENCES)
+        _carry_over(_unchanged_files(folder, True, only), partial / "mllm", link)
 
-        # 3. What they are together
-        record |= {"parameters": conversion.parameters.counts(), "linked": link}
+        # 4. What they are together
+        record = {
+            "wan": _origin(conversion.wan, conversion.wan_folder),
+            "mllm": _origin(conversion.mllm, conversion.mllm_folder),
+            "parameters": counts,
+        }
         _write_json(partial / "model_index.json", _model_index(conversion) | {"conversion": record})
         if output.exists():
             output.rmdir()
@@ -423,29 +454,39 @@ def _model_index(conversion: Conversion) -> dict:
     return dict(sorted(index.items()))
 
 
-def _fetch(argument: str, model: str, patterns: Iterable[str]) -> Path:
+def _fetch(argument: str, model: str, patterns: Iterable[str], revision: str | None = None) -> Path:
     # The folder of a model: the one that was named, or the Hub's snapshot with the files that fit the patterns.
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the network, the Hub and its client fail in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"`{argument}` {model} is no folder, and from the Hub it cannot be had: {reason}") from error
 
 
+def _fetch_weights(argument: str, model: str, folder: Path, inside: str = "") -> Path:
+    # At the commit of the configurations that were planned with, whatever has been pushed since.
+    return _fetch(argument, model, [inside + pattern for pattern in (*SMALL_FILES, WEIGHTS)], revision=folder.name)
+
+
 def _origin(model: str, folder: Path) -> dict:
-    is_hub_id = not Path(model).is_dir()
-    # A snapshot's folder is named by its commit; of a local folder the name has to do, its place is nobody's business.
-    return {"source": model if is_hub_id else folder.resolve().name, "revision": folder.name if is_hub_id else None}
+    # The cache names a snapshot by its repository and commit. Of any other folder the name has to do: where it lies is
+    # nobody's business.
+    snapshot = re.search(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$", folder.absolute().as_posix())
+    if snapshot is None:
+        return {"source": model if not Path(model).is_dir() else folder.resolve().name, "revision": None}
+    return {"source": f"{snapshot[1]}/{snapshot[2]}", "revision": snapshot[3]}
+
+
+def _index_file(folder: Path) -> Path | None:
+    # That of the weights themselves: one of a variant has the variant's name in it.
+    return next((path for path in folder.glob("*.safetensors.index.json") if path.name.count(".") == 3), None)
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    # Of a model with an index those that it names, so that variants beside them are left out.
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        if index.name.count(".") == 3:
-            files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
-            break
+    if (index := _index_file(folder)) is not None:
+        files = sorted({folder / name for name in _read_json(index)["weight_map"].values()})
     else:
         files = [path for path in sorted(folder.glob(WEIGHTS)) if path.name.count(".") == 1]
     if not files:
@@ -456,22 +497,30 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _carry_over(
-    source: Path, target: Path, link: bool, is_model: bool, patterns: Iterable[str] = (*SMALL_FILES, WEIGHTS)
-) -> None:
-    files = [path for path in sorted(source.iterdir()) if any(fnmatch.fnmatch(path.name, p) for p in patterns)]
+def _unchanged_files(folder: Path, is_model: bool, patterns: Iterable[str] = SMALL_FILES) -> list[Path]:
+    files = {path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)}
     if is_model:
-        weights = _weight_files(source)
-        files = [path for path in files if path.suffix != ".safetensors" or path in weights]
-    target.mkdir()
-    size = sum(path.stat().st_size for path in files)
-    if not link and size > (free := shutil.disk_usage(target).free):
-        raise ValueError(f"`output` needs {size / 2**30:.1f} GiB for {target.name}, but {free / 2**30:.1f} are free")
+        files = {path for path in files if ".safetensors" not in path.name}  # variants stay behind
+        files |= {*_weight_files(folder), _index_file(folder)} - {None}
+    return sorted(files)
+
+
+def _carry_over(files: list[Path], target: Path, link: bool) -> None:
+    target.mkdir(exist_ok=True)
+    size = 0 if link else sum(path.stat().st_size for path in files)
+    _check_space(size, target)
     for path in tqdm(files, desc=target.name, unit="file"):
         if link:
             (target / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target / path.name)
+
+
+def _check_space(size: int, folder: Path) -> None:
+    if size > (free := shutil.disk_usage(folder).free):
+        raise ValueError(
+            f"`output` needs {size / 2**30:.1f} GiB for {folder.name}, but {free / 2**30:.1f} GiB are free there"
+        )
 
 
 def _new_parameters(model: RVEDiTTransformer3DModel) -> set[str]:
@@ -483,19 +532,17 @@ def _new_parameters(model: RVEDiTTransformer3DModel) -> set[str]:
     }
 
 
-def _initialise(model: RVEDiTTransformer3DModel, names: set[str], seed: int) -> dict[str, torch.Tensor]:
-    # As the model's own constructor does, but for one layer at a time.
-    made = {}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for path in sorted({name.rpartition(".")[0] for name in names if "." in name}):
-            layer = model.get_submodule(path).to_empty(device="cpu")
-            layer.reset_parameters()
-            if path.split(".")[-1] in ("source_embedding", "add_v_proj"):
-                for tensor in layer.state_dict().values():
-                    tensor.zero_()
-            made |= layer.state_dict(prefix=f"{path}.")
-    return made | {name: torch.zeros(model.state_dict()[name].shape) for name in names if "." not in name}
+def _initialise(model: RVEDiTTransformer3DModel, name: str, seed: int) -> torch.Tensor:
+    # As the model's own constructor does, but for one layer, from a seed of its own: the others are not in memory.
+    path, _, attribute = name.rpartition(".")
+    layer = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {path}".encode()).digest()[:7]))
+        layer.reset_parameters()
+        if path.split(".")[-1] in ("source_embedding", "add_v_proj"):
+            for parameter in layer.parameters():
+                parameter.zero_()
+    return getattr(layer, attribute).detach()
 
 
 def _read_json(path: Path) -> dict:

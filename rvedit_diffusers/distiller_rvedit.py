@@ -62,8 +62,8 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
     long as MLLM and queries are frozen), [`~RVEDiTTokenDistiller.connect`] is cheap. Under accelerate's offloading
     call the halves instead of the module, whose hook would move the MLLM along with the other arguments.
 
-    The abstract of RVEDiT (arXiv 2605.24674) asks for learnable editing tokens distilled from a multimodal LLM; queries
-    in its context, the read-out by mask and the connectors are this library's choice.
+    The abstract of RVEDiT (arXiv 2605.24674) asks for learnable editing tokens distilled from a multimodal LLM;
+    queries in its context, the read-out by mask and the connectors are this library's choice.
 
     Args:
         mllm_hidden_size (`int`): Width of the MLLM's language model.

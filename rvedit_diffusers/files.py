@@ -1,7 +1,25 @@
-"""Folders that are written whole or not at all."""
+"""Folders that are written whole or not at all, and say nothing of other folders."""
 
+import json
+import os
 import shutil
 from pathlib import Path
+
+
+def forget_names(folder: str | os.PathLike) -> None:
+    """
+    Take `_name_or_path` out of the JSON files of a folder: where weights were loaded from is nobody's business.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of a pipeline or a model, and what is below. Files behind links stay as they
+            are.
+    """
+    for path in Path(folder).rglob("*.json"):
+        if path.is_symlink() or path.stat().st_size > 2**20:  # no configuration is so large
+            continue
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def replace_folder(new: Path, folder: Path) -> None:

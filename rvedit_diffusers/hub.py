@@ -20,7 +20,8 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .model_card import ensure_model_card
+from .files import forget_names
+from .model_card import ensure_model_card, is_as_written
 
 
 PIPELINE_CLASS = "RVEDiTPipeline"
@@ -261,6 +262,10 @@ def check_folder(folder: str | Path) -> str:
     index = _read_json(folder / "model_index.json")
     if not is_pipeline(index):
         raise ValueError(f"{folder / 'model_index.json'} has to be of an {PIPELINE_CLASS}.")
+    if isinstance(index["_class_name"], list):
+        places = [folder / name / "rvedit_diffusers.py" for name in CODE_COMPONENTS if index[name][1] is not None]
+        if missing := [path for path in (folder / "pipeline.py", *places) if not path.is_file()]:
+            raise ValueError(f"{missing[0]} is missing, but model_index.json says that the code goes along.")
     for name, value in index.items():
         if name == "_class_name" or not isinstance(value, list) or value[0] is None:
             continue
@@ -325,6 +330,7 @@ def export_folder(
                 target.symlink_to(path.resolve())
             else:
                 shutil.copyfile(path, target)
+        forget_names(partial)
         if remote_code:
             write_code(partial, bundle())
         try:
@@ -345,8 +351,9 @@ def write_card(folder: Path, model_id: str | None = None, card: str | None = Non
         folder (`Path`): Of a pipeline or of LoRA weights.
         model_id (`str`, *optional*): The name on the Hub to be.
         card (`str`, *optional*): The `README.md` to begin with if `folder` has none, such as that of the repository.
+            One that nobody has changed since we wrote it is written anew: it may tell of an earlier state.
     """
-    if card is not None and not (folder / "README.md").is_file():
+    if card is not None and not is_as_written(card) and not (folder / "README.md").is_file():
         (folder / "README.md").write_text(card, encoding="utf-8")
     ensure_model_card(folder, model_id)
 

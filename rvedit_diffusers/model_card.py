@@ -1,5 +1,6 @@
 """The README.md of a model, its page on the Hub: filled from a template, and checked as the Hub does, but offline."""
 
+import hashlib
 import json
 import math
 import re
@@ -306,6 +307,7 @@ def write_model_card(
         ),
         **_usage(kind, shown, model_id, folder.name, subfolder),
     )
+    text += _mark(text)
     if sample is not None:
         partial = folder / "sample.png.partial"
         shutil.copyfile(sample, partial)
@@ -338,7 +340,8 @@ def ensure_model_card(folder: Path, model_id: str | None = None) -> None:
         if theirs.get("library_name") == "diffusers" and "rvedit" in _as_list(theirs.get("tags")):
             check_model_card(text)
             return
-        card = _add_to_card(_card_of_folder(folder, model_id), theirs, their_text)
+        card = _card_of_folder(folder, model_id)
+        card = _add_to_card(card, theirs, their_text) if text.strip() else card + _mark(card)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     _write_card(folder, card)
@@ -473,6 +476,21 @@ def _licence_in(path: Path, base: str | None) -> dict[str, str] | None:
 
 def _as_list(value) -> list:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def is_as_written(text: str) -> bool:
+    """
+    Whether a model card is one that [`write_model_card`] or [`ensure_model_card`] has written, without a change since.
+
+    Args:
+        text (`str`): The whole of `README.md`.
+    """
+    card, _, mark = text.rpartition("\n<!-- ")
+    return mark == _mark(card + "\n").removeprefix("<!-- ")
+
+
+def _mark(card: str) -> str:
+    return f"<!-- written by rvedit_diffusers {hashlib.sha256(card.encode()).hexdigest()[:16]} -->\n"
 
 
 def _write_card(folder: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase,
 
 from .clips import is_count, load_clips, resize_frames
 from .distiller_rvedit import RVEDiTTokenDistiller
+from .files import forget_names
 from .hub import CODE, Repository, open_repository, upload, write_card, write_code
 from .lora import RVEDiTLoraLoaderMixin
 from .pipeline_output import RVEDiTPipelineOutput
@@ -176,8 +177,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 saved, unless the connection is lost later.
         """
         if push_to_hub:
+            _check_format(safe_serialization)
             repository = open_repository(repo_id or Path(save_directory).resolve().name, "pipeline", private, token)
         super().save_pretrained(save_directory, safe_serialization, variant, max_shard_size, **kwargs)
+        forget_names(save_directory)
         if CODE is not None:
             write_code(save_directory, CODE)
         if push_to_hub:
@@ -225,6 +228,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             `PermissionError`: if the token is refused.
             `ConnectionError`: if the Hub cannot be reached, or not any more. What was uploaded is kept.
         """
+        _check_format(safe_serialization)
         repository = open_repository(repo_id, None if subfolder else "pipeline", private, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
@@ -248,12 +252,21 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
         Args:
             offload_to_disk_path (`str`, *optional*):
-                A folder that holds nothing yet: weights found there are taken for those of this pipeline. Without it
-                weights are kept on `offload_device`.
+                A folder that does not exist or is empty. Without it weights are kept on `offload_device`.
             onload_device, offload_device, offload_type, num_blocks_per_group, non_blocking, use_stream, record_stream,
             low_cpu_mem_usage, exclude_modules:
                 As in [`DiffusionPipeline.enable_group_offload`].
+
+        Raises:
+            `ValueError`: if `offload_to_disk_path` holds anything: diffusers would take weights that it finds there
+                for those of this pipeline.
         """
+        if offload_to_disk_path is not None and os.path.lexists(offload_to_disk_path):
+            if not os.path.isdir(offload_to_disk_path) or os.listdir(offload_to_disk_path):
+                raise ValueError(
+                    "`offload_to_disk_path` has to be a folder that does not exist or is empty, got"
+                    f" {offload_to_disk_path!r}."
+                )
         settings = {
             "onload_device": onload_device,
             "offload_device": offload_device,
@@ -1203,6 +1216,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             return (video,)
 
         return RVEDiTPipelineOutput(frames=video)
+
+
+def _check_format(safe_serialization: bool) -> None:
+    if not safe_serialization:
+        raise ValueError("`safe_serialization` has to be True for an upload, got False: pickles are not uploaded.")
 
 
 def _upload_with_card(

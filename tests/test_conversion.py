@@ -13,7 +13,7 @@ from bases import WAN_FAMILIES, save_converted, save_qwen, save_wan
 from components import make_clip
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTransformer3DModel
 from rvedit_diffusers.conversion import (
@@ -26,6 +26,7 @@ from rvedit_diffusers.conversion import (
     plan_conversion,
     record_stage,
 )
+from rvedit_diffusers.hub import check_folder
 from rvedit_diffusers.tiny import FAMILIES
 
 
@@ -69,7 +70,8 @@ def qwen2_5(hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size,
     text |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab_size}
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14}
     vision |= {"out_hidden_size": hidden_size, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}
-    return {"model_type": "qwen2_5_vl", "text_config": text, "vision_config": vision, "tie_word_embeddings": tied}
+    # flat, as the released files are
+    return {"model_type": "qwen2_5_vl", **text, "vision_config": vision, "tie_word_embeddings": tied}
 
 
 def qwen3(hidden_size, intermediate_size, layers, heads, tied, vision):
@@ -370,10 +372,14 @@ def test_variants_beside_the_weights_are_left_out(bases, tmp_path):
     pipe = WanPipeline.from_pretrained(bases / "wan2_1")
     pipe.vae.save_pretrained(tmp_path / "wan" / "vae", variant="fp16")
     assert (tmp_path / "wan" / "vae" / "diffusion_pytorch_model.fp16.safetensors").exists()
+    pipe.text_encoder.save_pretrained(tmp_path / "wan" / "text_encoder", variant="fp16", max_shard_size="3KB")
+    assert list((tmp_path / "wan" / "text_encoder").glob("*.index.fp16.json"))
     convert(plan_conversion(tmp_path / "wan", bases / "qwen3_vl", NUM_EDIT_TOKENS), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out" / "vae").glob("*.safetensors")] == [
         "diffusion_pytorch_model.safetensors"
     ]
+    assert [path.name for path in (tmp_path / "out" / "text_encoder").iterdir() if "fp16" in path.name] == []
+    assert check_folder(tmp_path / "out") == "pipeline"
 
 
 def test_linked_files_are_those_of_the_bases(bases, converted, tmp_path):
@@ -383,7 +389,7 @@ def test_linked_files_are_those_of_the_bases(bases, converted, tmp_path):
     for path in links:
         folder = bases / "qwen2_5_vl" if path.parent.name == "mllm" else bases / "wan2_1" / path.parent.name
         assert path.resolve() == (folder / path.name).resolve()
-    assert RVEDiTPipeline.from_pretrained(tmp_path / "out").config.conversion["linked"] is True
+    RVEDiTPipeline.from_pretrained(tmp_path / "out")
 
 
 def test_the_index_is_what_the_pipeline_itself_writes(wan, converted, tmp_path):
@@ -393,7 +399,6 @@ def test_the_index_is_what_the_pipeline_itself_writes(wan, converted, tmp_path):
     first, second = (json.loads((path / "model_index.json").read_text()) for path in (folder, tmp_path))
     assert first.pop("tokenizer") == ["transformers", "T5TokenizerFast"]  # as published; an alias of the next
     assert second.pop("tokenizer") == ["transformers", "T5Tokenizer"]
-    assert second.pop("_name_or_path") == str(folder)
     assert first == second
     assert pipe.config.default_max_area == {"wan2_1": 480 * 832, "wan2_2": 704 * 1280}[wan.name]
     assert pipe.scheduler.config.flow_shift == {"wan2_1": 3.0, "wan2_2": 5.0}[wan.name]
@@ -414,10 +419,10 @@ def test_stages_are_added_to_the_record(converted, tmp_path):
     path.write_text(json.dumps(index))
     record_stage(tmp_path, "connect")
     assert json.loads(path.read_text()) == index
-    path.write_text(json.dumps(index | {"conversion": {"linked": False}}))
+    path.write_text(json.dumps(index | {"conversion": {"mllm": "x"}}))
     record_stage(tmp_path, "connect")
     record_stage(tmp_path, "edit")
-    assert json.loads(path.read_text()) == index | {"conversion": {"linked": False, "stages": ["connect", "edit"]}}
+    assert json.loads(path.read_text()) == index | {"conversion": {"mllm": "x", "stages": ["connect", "edit"]}}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -436,7 +441,7 @@ def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
-plan = plan_conversion(sys.argv[1], sys.argv[2], 4)
+plan = plan_conversion(sys.argv[1], sys.argv[2], 4, num_shallow_blocks=0)
 start, peak, done = anonymous(), [0], threading.Event()
 def watch():
     while not done.wait(0.01):
@@ -452,13 +457,14 @@ print(peak[0] - start)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_no_more_than_a_shard_is_in_memory(bases, tmp_path):
-    size = {"num_attention_heads": 4, "attention_head_dim": 64, "ffn_dim": 4096, "num_layers": 12}
+    size = {"num_attention_heads": 8, "attention_head_dim": 64, "ffn_dim": 512, "num_layers": 20}
     save_wan(tmp_path / "wan", max_shard_size="16MB", **size)
     weights = sum(path.stat().st_size for path in (tmp_path / "wan" / "transformer").glob(PATTERN))
     command = [sys.executable, "-c", MEMORY, tmp_path / "wan", bases / "qwen3_vl", tmp_path / "out"]
     taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    shard, tensor, slack = 8e6, 4 * 256 * 4096, 24e6  # the last is the allocator's own, and tokenizers
-    assert taken < shard + 2 * tensor + slack < weights / 2.5
+    shard, layer, slack = 8e6, 4 * 512 * 512, 24e6  # the last is the allocator's own, and tokenizers
+    new = 20 * 2 * layer  # in float32; a third of it
+    assert taken < shard + 2 * layer + slack < min(weights / 2.5, shard + new)
 
 
 # ---- The script ----
@@ -550,10 +556,20 @@ def test_other_language_models_are_refused_with_what_is_supported(broken, capsys
     broken.refused(capsys, "`mllm`", *words, "Qwen2.5-VL", "Qwen3-VL")
 
 
-def test_a_missing_shard_is_named(broken, capsys):
-    path = sorted((broken.wan / "text_encoder").glob("*.safetensors"))[1]
+@pytest.mark.parametrize("folder", ["wan/transformer", "wan/text_encoder", "mllm"])
+def test_a_missing_shard_is_named_before_anything_is_written(broken, capsys, monkeypatch, folder):
+    monkeypatch.setattr("rvedit_diffusers.conversion.convert_transformer", None)
+    path = sorted((broken.wan.parent / folder).glob("*.safetensors"))[1]
     path.unlink()
-    broken.refused(capsys, "text_encoder is not complete", path.name)
+    broken.refused(capsys, f"{folder} is not complete", path.name)
+
+
+def test_weights_in_eight_bits_are_refused(broken, capsys):
+    path = sorted((broken.wan / "transformer").glob("*.safetensors"))[0]
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path)
+    broken.refused(capsys, "F32, F16, BF16", name, "F8_E4M3")
 
 
 def test_weights_in_pickles_are_not_read(broken, capsys):
@@ -579,6 +595,12 @@ def test_wrong_numbers_are_refused(broken, capsys):
     broken.refused(capsys, "`num_shallow_blocks`", "3 layers", "4", arguments=["--num_shallow_blocks", "4"])
 
 
+@pytest.mark.parametrize("option, value", [("seed", str(2**63)), ("seed", "-1"), ("max_shard_size", "large")])
+def test_wrong_settings_are_refused_before_anything_is_written(broken, capsys, monkeypatch, option, value):
+    monkeypatch.setattr("rvedit_diffusers.conversion.convert_transformer", None)
+    broken.refused(capsys, f"`{option}`", value, arguments=[f"--{option}={value}"])
+
+
 def test_an_output_that_is_taken_is_refused_and_stays(broken, capsys, tmp_path):
     plan = plan_conversion(broken.wan, broken.mllm)
     broken.output.mkdir()
@@ -588,10 +610,32 @@ def test_an_output_that_is_taken_is_refused_and_stays(broken, capsys, tmp_path):
     assert [path.name for path in broken.output.iterdir()] == ["mine.txt"]
 
 
-def test_an_empty_output_folder_is_used(broken):
+@pytest.mark.parametrize("is_link", [False, True])
+def test_an_empty_output_folder_is_used(broken, is_link):
     broken.output.mkdir()
-    convert(plan_conversion(broken.wan, broken.mllm), broken.output)
+    output = broken.output
+    if is_link:
+        output = broken.output.with_name("link")
+        output.symlink_to(broken.output)
+    convert(plan_conversion(broken.wan, broken.mllm), output)
     assert (broken.output / "model_index.json").is_file()
+
+
+def test_licences_go_along(broken):
+    (broken.mllm / "LICENSE").write_text("of the MLLM")
+    (broken.wan / "LICENSE.txt").write_text("of Wan")
+    convert(plan_conversion(broken.wan, broken.mllm), broken.output)
+    assert (broken.output / "mllm" / "LICENSE").read_text() == "of the MLLM"
+    assert (broken.output / "transformer" / "LICENSE.txt").read_text() == "of Wan"
+
+
+def test_a_snapshot_of_the_cache_is_known_by_its_repository_and_commit(broken, tmp_path_factory):
+    snapshot = tmp_path_factory.mktemp("hub") / "models--Wan-AI--Wan2.1-T2V" / "snapshots" / ("0f" * 20)
+    shutil.copytree(broken.wan, snapshot)
+    convert(plan_conversion(snapshot, broken.mllm), broken.output)
+    record = json.loads((broken.output / "model_index.json").read_text())["conversion"]
+    assert record["wan"] == {"source": "Wan-AI/Wan2.1-T2V", "revision": "0f" * 20}
+    assert record["mllm"] == {"source": "mllm", "revision": None}
 
 
 def test_a_model_that_is_nowhere_is_told(broken, capsys, monkeypatch):

@@ -189,6 +189,13 @@ def test_pipeline_offloaded_to_disk_gives_the_same_edit(folder, plain, tmp_path,
     assert_same(edit(pipe, output_type="pt"), edit(plain, output_type="pt"))
 
 
+def test_a_folder_with_weights_of_others_is_refused(folder, tmp_path):
+    (tmp_path / "group.safetensors").write_bytes(b"")
+    pipe = load(folder)
+    with pytest.raises(ValueError, match="`offload_to_disk_path` has to be a folder that does not exist or is empty"):
+        pipe.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
+
+
 def test_excluded_components_stay_off_the_disk(folder, plain, tmp_path):
     pipe = load(folder)
     pipe.enable_group_offload(

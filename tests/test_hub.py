@@ -21,7 +21,8 @@ from hub_server import TOKEN, USER, serve
 from huggingface_hub import ModelCard
 from peft import LoraConfig
 
-from rvedit_diffusers import hub, write_video
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller, hub, write_video
+from rvedit_diffusers.training.checkpoint import export
 
 
 ROOT = Path(__file__).parent.parent
@@ -543,3 +544,48 @@ def test_nothing_is_saved_for_a_repository_that_cannot_be_had(server, pipe, tmp_
     with pytest.raises(ValueError, match="holds something else"):
         pipe.save_pretrained(tmp_path / "edits", push_to_hub=True)
     assert not (tmp_path / "edits").exists()
+
+
+def test_a_card_that_tells_of_an_earlier_state_is_written_anew(server, folder, capfd):
+    main(capfd, folder, NAME)
+    first = server.files(NAME)["README.md"].decode()
+    main(capfd, folder, NAME, "--remote_code")
+    assert "trust_remote_code" in server.files(NAME)["README.md"].decode() and "trust_remote_code" not in first
+    server.commit(NAME, {"README.md": server.files(NAME)["README.md"] + b"\nMine.\n"})
+    main(capfd, folder, NAME)
+    assert server.files(NAME)["README.md"].endswith(b"\nMine.\n")
+
+
+def test_where_weights_lay_is_not_told(server, pipe, tmp_path, capfd):
+    pipe.save_pretrained(tmp_path / "first")
+    again = RVEDiTPipeline.from_pretrained(tmp_path / "first")
+    again.save_pretrained(tmp_path / "again")
+    again.transformer.save_pretrained(tmp_path / "again" / "transformer")  # by diffusers alone
+    assert b"_name_or_path" in (tmp_path / "again" / "transformer" / "config.json").read_bytes()
+    main(capfd, tmp_path / "again", NAME)
+    told = [name for name, data in server.files(NAME).items() if str(tmp_path).encode() in data]
+    assert told == []
+
+
+@pytest.mark.parametrize("name", ["pipeline.py", "transformer/rvedit_diffusers.py"])
+def test_code_that_is_missing_is_named(folder, tmp_path, capfd, name):
+    main(capfd, folder, NAME, "--remote_code", "--export_only", tmp_path / "out")
+    (tmp_path / "out" / name).unlink()
+    with pytest.raises(ValueError, match=f"{name} is missing, but model_index.json says that the code goes along"):
+        hub.check_folder(tmp_path / "out")
+
+
+def test_what_is_trained_of_a_pipeline_with_code_has_code(folder, tmp_path, capfd):
+    main(capfd, folder, NAME, "--remote_code", "--export_only", tmp_path / "base")
+    distiller = RVEDiTTokenDistiller.from_pretrained(tmp_path / "base" / "distiller")
+    results, problem = export(tmp_path / "run", tmp_path / "base", {"distiller": distiller})
+    assert problem is None and hub.check_folder(results[0]) == "pipeline"
+    assert (results[0] / "distiller" / "rvedit_diffusers.py").is_file()
+
+
+def test_pickles_are_refused_before_anything_is_saved(server, pipe, tmp_path):
+    with pytest.raises(ValueError, match="`safe_serialization` has to be True"):
+        pipe.push_to_hub(NAME, safe_serialization=False)
+    with pytest.raises(ValueError, match="`safe_serialization` has to be True"):
+        pipe.save_pretrained(tmp_path / "out", safe_serialization=False, push_to_hub=True, repo_id=NAME)
+    assert NAME not in server.repositories and not (tmp_path / "out").exists()

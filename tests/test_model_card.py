@@ -16,6 +16,7 @@ from rvedit_diffusers.model_card import (
     check_model_card,
     ensure_model_card,
     fill_model_card,
+    is_as_written,
     markdown_table,
     write_model_card,
 )
@@ -154,7 +155,7 @@ def test_odd_facts_stay_in_their_cell(card, odd):
     rows = table(section(card.text, "Training"))
     assert len(rows) == 6 and all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", row)) == 3 for row in rows)
     assert len(lines) == len(plain.text.splitlines()) and card.data.to_dict() == plain.data.to_dict()
-    assert "49" not in rows[2] and "<!--" not in card.text
+    assert "49" not in rows[2] and card.text.count("<!--") == 1  # our mark, in the last line
 
 
 @pytest.mark.parametrize("odd", [*ODD, "yes", "1e3", "key: value", "- item", "'", "@me", "%TAG"])
@@ -410,6 +411,22 @@ def test_our_card_stays_byte_for_byte(card, folder):
     (path / "README.md").write_text(edited)
     ensure_model_card(path, "me/other-name")
     assert (path / "README.md").read_text() == edited
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_a_card_that_nobody_changed_is_known(card, folder, tmp_path, is_trained):
+    path = tmp_path / "my-run" / "lora" if is_trained else folder(conversion=record())
+    card("lora") if is_trained else ensure_model_card(path)
+    text = (path / "README.md").read_text()
+    assert is_as_written(text)
+    for changed in (text.replace("# ", "## ", 1), text + "\nMore.\n", text.rpartition("\n<!--")[0], ""):
+        assert not is_as_written(changed)
+
+
+def test_a_card_with_words_of_others_is_not_ours_alone(folder):
+    path = folder(readme="Mine.\n", conversion=record())
+    ensure_model_card(path)
+    assert not is_as_written((path / "README.md").read_text())
 
 
 def test_text_without_metadata_stands_below_the_card(folder):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from components import TEXT_DIM, build_pipeline, make_clip
+from safetensors.torch import load_file
 
 from rvedit_diffusers.synthetic import SyntheticEdits, caption
 from rvedit_diffusers.training import cache
@@ -162,14 +163,16 @@ def test_a_source_clip_of_several_edits_is_encoded_once(pipe, tmp_path, monkeypa
     assert [len(video) for (video,) in calls] == [2, 4]  # two scenes, four edits
 
 
-def test_a_captioned_clip_is_encoded_once_for_both_branches(pipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captioned_clip_is_encoded_and_kept_once(pipe, tmp_path, monkeypatch, dtype):
+    pipe.mllm.to(dtype)
     pairs = SyntheticPairs(EDITS, 2, 16.0, captioned=True)
-    videos, passes = (
-        count_calls(monkeypatch, pipe, "encode_video"),
-        count_calls(monkeypatch, pipe.distiller, "harvest"),
-    )
-    sample = CachedPairs(fill_cache(pipe, pairs, tmp_path, batch_size=2), text_length(pipe))[0]
+    videos = count_calls(monkeypatch, pipe, "encode_video")
+    passes = count_calls(monkeypatch, pipe.distiller, "harvest")
+    paths = fill_cache(pipe, pairs, tmp_path, "states", batch_size=2)
     assert len(videos) == len(passes) == 1
+    assert "latents" not in load_file(paths[0]) and "reference_edit_tokens" not in load_file(paths[0])
+    sample = CachedPairs(paths, text_length(pipe))[0]
     for name in ("latents", "edit_tokens", "visual_tokens"):
         other = "source_latents" if name == "latents" else f"reference_{name}"
         assert torch.equal(sample[name], sample[other])

@@ -78,10 +78,6 @@ def main() -> None:
     temporary = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary)
-    for path in temporary.rglob("*.json"):  # where the weights lay before is nobody's business
-        values = json.loads(path.read_text())
-        if isinstance(values, dict) and values.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(values, indent=2) + "\n")
     for name in ("mllm", "text_encoder"):  # load in float32 unless told otherwise: few CPUs compute in bfloat16
         path = temporary / name / "config.json"
         path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))

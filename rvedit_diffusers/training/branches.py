@@ -200,6 +200,7 @@ class ConnectingBranches(EditingBranches):
         super().__init__(transformer, distiller, mllm=mllm, align_blocks=shallow)
         self.heads = nn.ModuleList()
         transformer.requires_grad_(False)
+        distiller.visual_connector.requires_grad_(False)  # shallow blocks read no visual tokens
 
     def forward(self, batch: dict) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Run a step.

@@ -23,6 +23,11 @@ from .pairs import EditPairs
 
 TOKENS = ("tokens", "states", "none")
 TEXTS = ("embeds", "ids")
+SAME_IN_CAPTIONED = {  # what a captioned clip, a pair of one clip, has no second time on disk
+    "latents": "source_latents",
+    "reference_edit_tokens": "edit_tokens",
+    "reference_visual_tokens": "visual_tokens",
+}
 VERSION = 2  # to be raised when `encode_pairs` makes something else of the same pair
 MAX_TEXT_LENGTH = 512  # as the pipeline's `max_sequence_length`
 
@@ -87,7 +92,8 @@ def encode_pairs(
         latent_width)`; `edit_tokens` and `visual_tokens` `(num, dim)` of the editing branch, whose MLLM has seen the
         source, and `reference_edit_tokens` and `reference_visual_tokens` of the reference branch, whose MLLM has seen
         the edited clip; `visual_positions` `(num, 3)`, float32; `prompt_embeds` `(length, text_dim)` without padding,
-        or `input_ids` and `attention_mask` `(model_max_length,)`. What is not said otherwise is bfloat16.
+        or `input_ids` and `attention_mask` `(model_max_length,)`. What is not said otherwise is bfloat16. Where all
+        pairs are captioned clips, whose `load` gives one array twice, there is only what comes of the source.
     """
     sources, edited = zip(*(pairs.load(index) for index in indices), strict=True)
     texts = [pairs.instruction(index) for index in indices]
@@ -99,7 +105,8 @@ def encode_pairs(
     source_latents = pipe.encode_video(to_video(list(unique.values())))
     rows["source_latents"] = source_latents[[list(unique).index(key) for key in keys]]
     is_captioned = all(source is clip for source, clip in zip(sources, edited, strict=True))
-    rows["latents"] = rows["source_latents"] if is_captioned else pipe.encode_video(to_video(edited))
+    if not is_captioned:
+        rows["latents"] = pipe.encode_video(to_video(edited))
 
     # 2. Tokens of both branches
     if tokens != "none":
@@ -112,8 +119,6 @@ def encode_pairs(
             if tokens == "tokens":
                 edit, visual = pipe.distiller.connect(edit, visual)
             rows |= {f"{prefix}edit_tokens": edit, f"{prefix}visual_tokens": visual}
-        if is_captioned:
-            rows |= {f"reference_{name}": rows[name] for name in ("edit_tokens", "visual_tokens")}
     samples = [{name: value[i].to("cpu", torch.bfloat16) for name, value in rows.items()} for i in range(len(indices))]
     if tokens != "none":
         for sample, row in zip(samples, positions.cpu(), strict=True):
@@ -229,6 +234,9 @@ def _write(path: Path, sample: dict[str, torch.Tensor]) -> None:
 
 def _read(path: Path, text_length: int) -> dict[str, torch.Tensor]:
     sample = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    for name, source in SAME_IN_CAPTIONED.items():
+        if source in sample:
+            sample.setdefault(name, sample[source])
     if "prompt_embeds" in sample:
         padding = (0, 0, 0, text_length - len(sample["prompt_embeds"]))
         sample["prompt_embeds"] = torch.nn.functional.pad(sample["prompt_embeds"], padding)

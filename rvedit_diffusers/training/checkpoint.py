@@ -22,7 +22,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from ..files import replace_folder
+from ..files import forget_names, replace_folder
+from ..hub import bundle, write_code
 from ..pipeline_rvedit import RVEDiTPipeline
 
 
@@ -135,6 +136,9 @@ def export(
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, whole / path.name)
             for name in learned:
                 (parts / name).rename(whole / name)
+            forget_names(whole)
+            if (whole / "pipeline.py").is_file():  # the base came with its code: what learned needs it, too
+                write_code(whole, bundle())
             replace_folder(whole, output / "pipeline")
             results.append(output / "pipeline")
 

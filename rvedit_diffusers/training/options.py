@@ -1,9 +1,18 @@
-"""Command line options that may also stand in a file."""
+"""Command line options that may also stand in a file, and what follows from the machine."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+import torch
+
+
+def default_precision() -> str:
+    """`"bf16"` where the processor computes in bfloat16, else `"no"`: emulated, it can be far slower than float32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
 
 
 def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
