@@ -421,7 +421,8 @@ def main(argv: list[str] | None = None) -> None:
             "bf16": {"enabled": False},  # what learns stays in float32, as everywhere
             "torch_autocast": {"enabled": args.mixed_precision == "bf16", "dtype": "bfloat16"},
         }
-    if accelerator.distributed_type == DistributedType.FSDP:  # autocast casts what is to be: no noise level, no loss
+    if accelerator.distributed_type == DistributedType.FSDP and args.mixed_precision == "bf16":
+        # autocast casts what is to be: no noise level, no loss
         plugin = accelerator.state.fsdp_plugin
         casts = {"cast_forward_inputs": False, "output_dtype": None}
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **casts)
