@@ -51,9 +51,9 @@ def build_transformer(**config) -> RVEDiTTransformer3DModel:
     ).eval()
     # A new model ignores its source and its visual tokens, whose projections start at zero: a trained one does not.
     with torch.no_grad():
-        for parameter in transformer.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.05)
+        for name, parameter in sorted(transformer.named_parameters(), key=lambda item: item[0] == "edit_bias"):
+            if not parameter.any():  # the editing tokens' origin last, and small beside the tokens
+                parameter.normal_(std=0.01 if name == "edit_bias" else 0.05)
     return transformer
 
 
