@@ -25,6 +25,15 @@ TRAIN_PHOTOS = (
 TEST_PHOTOS = ("skimage/data/coffee.png", "sklearn/datasets/images/china.jpg")
 BACKGROUNDS = ("photo", "texture", "gradient")
 SHORT_SIDE = 320
+# What a background can be exchanged for: looks that follow from their name, so that the target of a swap is exact.
+PATTERNS = ("plain", "striped", "checkered")
+WALL_COLOURS = {
+    "grey": (0.50, 0.50, 0.50),
+    "orange": (0.95, 0.52, 0.12),
+    "pink": (0.95, 0.60, 0.74),
+    "brown": (0.42, 0.27, 0.16),
+}
+WALLS = tuple(f"{pattern} {colour} wall" for pattern in PATTERNS for colour in WALL_COLOURS)
 
 
 @cache
@@ -93,6 +102,17 @@ def render_gradient(rng: np.random.Generator, num_frames: int, height: int, widt
     return mix_colours(rng, field)
 
 
+def render_wall(name: str, num_frames: int, height: int, width: int) -> np.ndarray:
+    """Draw one of `WALLS`, at rest. Returns `(frames, height, width, 3)` in [0, 1]."""
+    pattern, colour, _ = name.split()
+    tile = min(height, width) / 8
+    rows, columns = (np.floor((np.arange(side) + 0.5) / tile) for side in (height, width))
+    dark = {"plain": 0 * columns, "striped": columns % 2, "checkered": (rows[:, None] + columns) % 2}[pattern]
+    shade = 1.0 - 0.3 * np.broadcast_to(dark, (height, width))
+    wall = shade[..., None] * np.array(WALL_COLOURS[colour])
+    return np.repeat(wall[None].astype(np.float32), num_frames, 0)
+
+
 def mix_colours(rng: np.random.Generator, field: np.ndarray) -> np.ndarray:
     # muted colours: saturated ones are left to the objects
     first, second = rng.uniform(0.15, 0.85) + rng.uniform(-0.15, 0.15, (2, 3))
@@ -106,7 +126,7 @@ def render_background(
     """Render a background that is a function of its arguments alone.
 
     Args:
-        kind (`str`): One of `BACKGROUNDS`.
+        kind (`str`): One of `BACKGROUNDS` or `WALLS`.
         seed (`int`): Chooses picture, path and colours.
         num_frames, height, width (`int`): The clip, in frames and pixels.
         photos (`tuple[str, ...]`): The photographs that a `photo` background may show.
@@ -121,4 +141,6 @@ def render_background(
         return render_texture(rng, num_frames, height, width)
     if kind == "gradient":
         return render_gradient(rng, num_frames, height, width)
-    raise ValueError(f"`kind` of background has to be one of {BACKGROUNDS}, but is {kind!r}")
+    if kind in WALLS:
+        return render_wall(kind, num_frames, height, width)
+    raise ValueError(f"`kind` of background has to be one of {BACKGROUNDS + WALLS}, but is {kind!r}")

@@ -6,7 +6,7 @@ from functools import cached_property
 import numpy as np
 
 from .backgrounds import TRAIN_PHOTOS
-from .scenes import COLOURS, GRADES, SHAPES, SIZES, Scene, coverage, render, sample_scene
+from .scenes import COLOURS, GRADES, SHAPES, Scene, coverage, render, sample_scene
 
 
 OPERATIONS = ("recolour", "remove", "replace", "grade")
@@ -112,9 +112,9 @@ def referring_expressions(scene: Scene, index: int) -> tuple[list[str], list[str
     if all(o.colour != thing.colour for o in others):
         looks.append(f"the {thing.colour} object")
     relations = []
-    if all(SIZES[o.size] < SIZES[thing.size] for o in others):
+    if all(o.radius < thing.radius for o in others):
         relations.append("the largest object")
-    if all(SIZES[o.size] > SIZES[thing.size] for o in others):
+    if all(o.radius > thing.radius for o in others):
         relations.append("the smallest object")
     path = np.array(thing.path)
     if np.ptp(path, axis=0).max() >= MARGIN and all(np.ptp(o.path, axis=0).max() == 0 for o in others):

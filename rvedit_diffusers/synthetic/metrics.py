@@ -1,9 +1,12 @@
-"""Did the edit happen, to the right object, and nothing else? Every wrong edit can be rendered and compared."""
+"""How clips differ, from pixels alone; and whether a single edit happened, to the right object, and nothing else."""
 
 import numpy as np
 
 from .edits import Edit
 from .scenes import render
+
+
+EDIT_DIFFERENCE = 20  # of 255, from which on a pixel counts as edited
 
 
 def squared_error(frames: np.ndarray, other: np.ndarray, region: np.ndarray) -> np.ndarray:
@@ -33,9 +36,10 @@ def psnr(frames: np.ndarray, other: np.ndarray, region: np.ndarray | None = None
     return float(10 * np.log10(255.0**2 / max(mean, 1e-10)))
 
 
-def differs(frames: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Where two uint8 clips differ by more than 2 of 255: `(frames, height, width)` bool."""
-    return np.abs(frames.astype(np.int16) - other).max(-1) > 2
+def differs(frames: np.ndarray, other: np.ndarray, threshold: int = 2) -> np.ndarray:
+    """Where two uint8 clips differ by more than `threshold` of 255 in a channel: `(frames, height, width)` bool."""
+    red, green, blue = np.moveaxis(np.abs(frames.astype(np.int16) - other), -1, 0)
+    return np.maximum(np.maximum(red, green), blue) > threshold  # many times faster than max(-1)
 
 
 def share_nearer(frames: np.ndarray, target: np.ndarray, other: np.ndarray, region: np.ndarray) -> float:
@@ -89,3 +93,141 @@ def judge(frames: np.ndarray, edit: Edit, share: float = 0.8) -> str:
 def outside_psnr(frames: np.ndarray, edit: Edit) -> float:
     """PSNR in dB against the true target where nothing was to change; of a grade, which changes all, everywhere."""
     return psnr(frames, edit.target_frames, None if edit.mask.all() else ~edit.mask)
+
+
+def ssim(frames: np.ndarray, other: np.ndarray, region: np.ndarray | None = None) -> float:
+    """Structural similarity of uint8 clips, in [-1, 1], averaged over `region` of all frames.
+
+    Args:
+        frames, other (`np.ndarray` of shape `(frames, height, width, 3)`): uint8, at least 7 pixels high and wide.
+        region (`np.ndarray` of shape `(frames, height, width)`, *optional*): bool; everywhere by default. The windows
+            of 7 pixels around its rim look beyond it.
+    """
+    from skimage.metrics import structural_similarity
+
+    pairs = zip(frames, other, strict=True)
+    maps = np.stack([structural_similarity(*pair, channel_axis=-1, full=True)[1].mean(-1) for pair in pairs])
+    return float(maps.mean() if region is None else maps[region].mean())
+
+
+def edit_map(frames: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Where a clip was edited: `(frames, height, width)` bool.
+
+    The difference from the source is averaged over 3 x 3 pixels, so that the noise of an autoencoder is no edit.
+
+    Args:
+        frames, source (`np.ndarray` of shape `(frames, height, width, 3)`): uint8.
+    """
+    difference = frames.astype(np.float32) - source
+    for axis in (1, 2):
+        padded = np.pad(difference, [(int(a == axis),) * 2 if a in (1, 2) else (0, 0) for a in range(4)], mode="edge")
+        low, high = (np.take(padded, range(start, start + difference.shape[axis]), axis) for start in (0, 2))
+        difference = (low + difference + high) / 3
+    return np.abs(difference).max(-1) > EDIT_DIFFERENCE
+
+
+def edit_overlap(frames: np.ndarray, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Compare where a clip was edited with where it had to be.
+
+    Args:
+        frames, source, target (`np.ndarray` of shape `(frames, height, width, 3)`): uint8.
+
+    Returns:
+        `dict[str, float]`: `edit_iou`, `edit_precision` (1 without any leakage; `nan` where nothing was edited) and
+        `edit_recall`, each in [0, 1].
+    """
+    found, wanted = edit_map(frames, source), edit_map(target, source)
+    both = float((found & wanted).sum())
+    return {
+        "edit_iou": both / max(int((found | wanted).sum()), 1),
+        "edit_precision": both / int(found.sum()) if found.any() else float("nan"),
+        "edit_recall": both / max(int(wanted.sum()), 1),
+    }
+
+
+def flicker(frames: np.ndarray, target: np.ndarray) -> float:
+    """How much a clip changes from frame to frame other than the target does, in [0, 510] of 255; 0 of the target.
+
+    The mean absolute difference of the two clips' frame differences.
+
+    Args:
+        frames, target (`np.ndarray` of shape `(frames, height, width, 3)`): uint8, at least 2 frames.
+    """
+    return float(np.abs(np.diff(frames.astype(np.float32) - target, axis=0)).mean())
+
+
+def optical_flow(source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """DIS optical flow from each frame to the next one, and where it can be believed.
+
+    Args:
+        source (`np.ndarray` of shape `(frames, height, width, 3)`): uint8, at least 2 frames.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`: The way of each pixel, `(frames - 1, height, width, 2)` float32 as (x, y) in
+        pixels; and where it ends inside of the frame and the flow back agrees with it (Sundaram et al. 2010),
+        `(frames - 1, height, width)` bool.
+
+    Raises:
+        ModuleNotFoundError: OpenCV is not installed.
+    """
+    try:
+        import cv2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "optical flow needs OpenCV: install it with `pip install opencv-python-headless`"
+        ) from error
+
+    height, width = source.shape[1:3]
+    scale = max(1.0, 256 / min(height, width))  # its patches are 8 pixels: objects of a small clip would be lost
+    large = (round(width * scale), round(height * scale))
+    grey = [cv2.resize(cv2.cvtColor(f, cv2.COLOR_RGB2GRAY), large, interpolation=cv2.INTER_CUBIC) for f in source]
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+
+    def flow(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        moved = cv2.resize(dis.calc(one, other, None), (width, height), interpolation=cv2.INTER_AREA)
+        return moved * np.float32([width / large[0], height / large[1]])
+
+    ways, valid = [], []
+    for one, other in zip(grey, grey[1:]):
+        forth, back = flow(one, other), flow(other, one)
+        returned = cv2.remap(back, x + forth[..., 0], y + forth[..., 1], cv2.INTER_LINEAR)
+        tolerance = 0.01 * (np.square(forth).sum(-1) + np.square(returned).sum(-1)) + 0.5
+        ends = np.stack([x, y], -1) + forth
+        inside = ((ends >= 0) & (ends <= (width - 1, height - 1))).all(-1)
+        ways.append(forth)
+        valid.append(inside & (np.square(forth + returned).sum(-1) < tolerance))
+    return np.stack(ways), np.stack(valid)
+
+
+def warping_error(
+    frames: np.ndarray, motion: tuple[np.ndarray, np.ndarray], region: np.ndarray | None = None
+) -> float:
+    """How far each frame is from the next one, moved back along the motion of the source: E_warp of Lai et al. 2018.
+
+    Args:
+        frames (`np.ndarray` of shape `(frames, height, width, 3)`): uint8.
+        motion (`tuple[np.ndarray, np.ndarray]`): The [`optical_flow`] of the source.
+        region (`np.ndarray` of shape `(frames, height, width)`, *optional*): bool; everywhere by default. What an edit
+            moves or uncovers does not move as the source does, and has to be left out.
+
+    Returns:
+        `float`: Mean squared difference of pixels in [0, 1]; `nan` where nothing can be compared.
+
+    Raises:
+        ModuleNotFoundError: OpenCV is not installed.
+    """
+    import cv2
+
+    height, width = frames.shape[1:3]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    region = np.ones(frames.shape[:3], bool) if region is None else region
+    errors = []
+    for time, (way, valid) in enumerate(zip(*motion, strict=True)):
+        at = (x + way[..., 0], y + way[..., 1])
+        now, later = frames[time].astype(np.float32) / 255, frames[time + 1].astype(np.float32) / 255
+        stays = cv2.remap(region[time + 1].astype(np.float32), *at, cv2.INTER_LINEAR) == 1
+        error = np.square(now - cv2.remap(later, *at, cv2.INTER_LINEAR)).mean(-1)
+        errors.append(error[valid & region[time] & stays])
+    errors = np.concatenate(errors)
+    return float(errors.mean()) if errors.size else float("nan")

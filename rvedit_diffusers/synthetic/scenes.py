@@ -22,13 +22,14 @@ OUTLINE_WIDTH = 0.06  # as a share of the shorter side
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}  # radius as a share of the shorter side
 MOTIONS = ("static", "linear", "bounce", "orbit")
 GRADES = ("grey", "warm", "cold", "bright", "dark")
+STYLES = ("sketch", "poster", "mosaic", "negative")
 
 
 @dataclass(frozen=True)
 class SceneObject:
     """One shape. `path` is its centre over time, `(num_frames, 2)` as (x, y) shares of width and height.
 
-    `outline` is the colour of a line around it, or `None`.
+    `outline` is the colour of a line around it, or `None`; `scale` is what its size was resized by.
     """
 
     shape: str
@@ -37,14 +38,21 @@ class SceneObject:
     motion: str
     path: tuple[tuple[float, float], ...]
     outline: str | None = None
+    scale: float = 1.0
+
+    @property
+    def radius(self) -> float:
+        """As a share of the frame's shorter side."""
+        return SIZES[self.size] * self.scale
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, objects from back to front, and a colour grade over all.
+    """A background, objects from back to front, and a colour grade and a style over all.
 
     `seed` and `background` fix the background; `photos` says which photographs it may show; `grade` is `None` or one
-    of `GRADES`. `render` depends on these fields alone, so an edited scene renders to the exact target.
+    of `GRADES`; `style`, applied last, is `None` or one of `STYLES`. `render` depends on these fields alone, so an
+    edited scene renders to the exact target.
     """
 
     num_frames: int
@@ -55,6 +63,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
     photos: tuple[str, ...] = TRAIN_PHOTOS
     grade: str | None = None
+    style: str | None = None
 
     def with_object(self, index: int, new: SceneObject | None) -> "Scene":
         """The scene with object `index` exchanged for `new`, or without it when `new` is `None`."""
@@ -154,19 +163,32 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     raise ValueError(f"`shape` has to be one of {SHAPES}, but is {shape!r}")
 
 
-def coverage(scene: Scene, index: int, margin: float = 0.0) -> np.ndarray:
+def coverage(
+    scene: Scene, index: int, margin: float = 0.0, rows: slice = slice(None), columns: slice = slice(None)
+) -> np.ndarray:
     """Share of each pixel that object `index` covers, before occlusion: `(frames, height, width)` in [0, 1].
 
-    `margin` widens the object on all sides, as a share of the frame's shorter side.
+    `margin` widens the object on all sides, as a share of the frame's shorter side; `rows` and `columns` cut out the
+    pixels that are wanted.
     """
-    thing = scene.objects[index]
-    radius = SIZES[thing.size] * min(scene.height, scene.width)
+    thing, shorter = scene.objects[index], min(scene.height, scene.width)
     path = np.asarray(thing.path, dtype=np.float32) * np.array([scene.width, scene.height], np.float32)
-    x = np.arange(scene.width, dtype=np.float32)[None, None, :] + 0.5 - path[:, 0, None, None]
-    y = np.arange(scene.height, dtype=np.float32)[None, :, None] + 0.5 - path[:, 1, None, None]
+    x = np.arange(scene.width, dtype=np.float32)[None, None, columns] + 0.5 - path[:, 0, None, None]
+    y = np.arange(scene.height, dtype=np.float32)[None, rows, None] + 0.5 - path[:, 1, None, None]
     x, y = np.broadcast_arrays(x, y)
-    distance = signed_distance(thing.shape, x, y, radius) - margin * min(scene.height, scene.width)
+    distance = signed_distance(thing.shape, x, y, thing.radius * shorter) - margin * shorter
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+
+
+def extent(scene: Scene, index: int, margin: float = 0.0) -> tuple[slice, slice]:
+    """Rows and columns outside of which `coverage` of object `index` is 0 in every frame."""
+    thing, shorter = scene.objects[index], min(scene.height, scene.width)
+    # a diamond is the tallest shape, 1.31 radii; sharp corners widen by more than the margin
+    reach = 1.35 * thing.radius * shorter + 3.0 * margin * shorter + 3.0
+    path = np.asarray(thing.path) * np.array([scene.width, scene.height])
+    low = np.floor(np.maximum(path.min(0) - reach, 0)).astype(int)
+    high = np.maximum(np.ceil(path.max(0) + reach), 0).astype(int)
+    return slice(low[1], high[1]), slice(low[0], high[0])
 
 
 def grade_frames(frames: np.ndarray, grade: str | None) -> np.ndarray:
@@ -189,16 +211,59 @@ def grade_frames(frames: np.ndarray, grade: str | None) -> np.ndarray:
     raise ValueError(f"`grade` has to be one of {GRADES}, but is {grade!r}")
 
 
-def render(scene: Scene) -> np.ndarray:
+def stylise_frames(frames: np.ndarray, style: str | None) -> np.ndarray:
+    """Apply a style to `(frames, height, width, 3)` float frames in [0, 1].
+
+    No filter has a hard threshold: rounding that differs between machines stays invisible.
+    """
+    if style is None:
+        return frames
+    if style == "sketch":  # dark lines where the brightness changes, on white paper
+        luma = frames @ np.array([0.299, 0.587, 0.114], np.float32)
+        padded = np.pad(luma, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        across = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
+        down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
+        lines = np.clip(1.0 - 2.5 * np.sqrt(across**2 + down**2), 0.0, 1.0)
+        return np.repeat(lines[..., None], 3, -1)
+    if style == "poster":  # few levels a channel: a staircase with steep, finite steps
+        levels = np.float32(3.0)
+        for _ in range(3):
+            frames = frames - np.sin(2 * np.pi * levels * frames) / (2 * np.pi * levels)
+        return np.clip(frames, 0.0, 1.0).astype(np.float32)
+    if style == "mosaic":  # tiles of a sixteenth of the shorter side
+        tile = max(2, min(frames.shape[1:3]) // 16)
+        starts = [np.arange(0, side, tile) for side in frames.shape[1:3]]
+        sums = np.add.reduceat(np.add.reduceat(frames, starts[0], 1), starts[1], 2)
+        sizes = [np.diff(start, append=side) for start, side in zip(starts, frames.shape[1:3], strict=True)]
+        tiles = sums / np.multiply.outer(*sizes)[None, :, :, None]
+        return np.repeat(np.repeat(tiles, sizes[0], 1), sizes[1], 2).astype(np.float32)
+    if style == "negative":
+        return 1.0 - frames
+    raise ValueError(f"`style` has to be one of {STYLES}, but is {style!r}")
+
+
+def scene_background(scene: Scene) -> np.ndarray:
+    """What a scene shows behind its objects, `(num_frames, height, width, 3)` float32 in [0, 1], without its grade."""
+    return render_background(scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos)
+
+
+def render(scene: Scene, background: np.ndarray | None = None) -> np.ndarray:
     """Render a scene.
+
+    Args:
+        scene ([`Scene`]): What to show.
+        background (`np.ndarray`, *optional*): Its [`scene_background`], where that is at hand already.
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`, uint8.
     """
-    frames = render_background(scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos)
+    frames = scene_background(scene) if background is None else background.copy()
     for index, thing in enumerate(scene.objects):
         layers = [] if thing.outline is None else [(OUTLINE_WIDTH, thing.outline)]
         for margin, colour in (*layers, (0.0, thing.colour)):
-            alpha = coverage(scene, index, margin)[..., None]
-            frames = frames + alpha * (np.array(COLOURS[colour], np.float32) - frames)
-    return np.round(grade_frames(frames, scene.grade) * 255.0).astype(np.uint8)
+            rows, columns = extent(scene, index, margin)
+            part = frames[:, rows, columns]
+            alpha = coverage(scene, index, margin, rows, columns)[..., None]
+            part += alpha * (np.array(COLOURS[colour], np.float32) - part)
+    frames = stylise_frames(grade_frames(frames, scene.grade), scene.style)
+    return np.round(frames * 255.0).astype(np.uint8)
