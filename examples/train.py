@@ -74,13 +74,14 @@ from rvedit_diffusers.training.validation import FixedDraws, edit_held_out, grad
 
 
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_diffusers")
-# What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
-# and the weights, the content counts; of the batch size, that of all processes.
+# Without effect where the distiller alone learns to take the text's place.
 OF_STAGE_EDIT = (
     "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
     " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
     " align_reference_latents align_every align_warmup_steps align_stop_step operations edits_per_scene"
 ).split()
+# What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
+# and the weights, the content counts; of the batch size, that of all processes.
 FREE_TO_CHANGE = set(
     "config model output train_data validation_data data_root strict dry_run plot cache_dir encode_batch_size"
     " num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile group_offload"
@@ -604,9 +605,8 @@ def main(argv: list[str] | None = None) -> None:
         with averaged(ema, averages):
             if len(held_out):
                 metrics = held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size)
-                if (
-                    args.align_weight > 0 and is_edit and engine is None
-                ):  # DeepSpeed makes a step of every backward pass
+                # DeepSpeed makes a step of every backward pass
+                if args.align_weight > 0 and is_edit and engine is None:
                     metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate)
             if args.num_validation_edits:
                 pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)

@@ -112,3 +112,14 @@ def make_clip(num_frames: int = NUM_FRAMES, height: int = HEIGHT, width: int = W
         left = index * max(width - size, 0) // max(num_frames - 1, 1)
         clip[index, size : 2 * size, left : left + size] = colour
     return clip
+
+
+class Calls:
+    """Counts forward passes of a module."""
+
+    def __init__(self, module):
+        self.count = 0
+        module.register_forward_pre_hook(self.add)
+
+    def add(self, *args):
+        self.count += 1

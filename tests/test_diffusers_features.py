@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from bases import build_wan_transformer, save_converted
-from components import make_clip
+from components import Calls, make_clip
 from diffusers import (
     AutoencoderKLWan,
     BitsAndBytesConfig,
@@ -98,17 +98,6 @@ def stored_bytes(model):
         names = parameter.__tensor_flatten__()[0] if hasattr(parameter, "__tensor_flatten__") else None
         size += sum(getattr(parameter, name).nbytes for name in names) if names else parameter.nbytes
     return size
-
-
-class Calls:
-    """Counts forward passes of a module."""
-
-    def __init__(self, module):
-        self.count = 0
-        module.register_forward_pre_hook(self.add)
-
-    def add(self, *args):
-        self.count += 1
 
 
 # ---- Loading ----

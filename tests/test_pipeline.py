@@ -5,7 +5,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from components import NUM_EDIT_TOKENS, build_pipeline, make_clip
+from components import NUM_EDIT_TOKENS, Calls, build_pipeline, make_clip
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -38,17 +38,6 @@ def tokens_of(pipe, video, prompt=PROMPT, **kwargs):
         "visual_positions": visual_positions,
         "visual_attention_mask": mask,
     }
-
-
-class Calls:
-    """Counts forward passes of a module."""
-
-    def __init__(self, module):
-        self.count = 0
-        module.register_forward_pre_hook(self.add)
-
-    def add(self, *args):
-        self.count += 1
 
 
 # ---- What comes out ----
