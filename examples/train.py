@@ -38,7 +38,7 @@ from rvedit_diffusers.conversion import record_stage
 from rvedit_diffusers.hub import open_repository, upload
 from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
 from rvedit_diffusers.model_card import write_model_card
-from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, SyntheticEdits
+from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, TRAIN_LEVELS, BenchmarkItems, SyntheticEdits
 from rvedit_diffusers.training.adapters import LORA_TARGETS, add_lora, offload_frozen_weights, store_in_fp8
 from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, ConnectingBranches, EditingBranches
 from rvedit_diffusers.training.cache import CachedPairs, cached_null_text, fill_cache, fingerprint, text_length
@@ -65,7 +65,7 @@ from rvedit_diffusers.training.memory import describe_needs
 from rvedit_diffusers.training.meter import LossMeter
 from rvedit_diffusers.training.optimizers import block_matrices, build_optimizer
 from rvedit_diffusers.training.options import default_precision, with_config
-from rvedit_diffusers.training.pairs import EditPairs, FilePairs, SyntheticPairs
+from rvedit_diffusers.training.pairs import BenchmarkPairs, EditPairs, FilePairs, SyntheticPairs
 from rvedit_diffusers.training.plots import plot_losses
 from rvedit_diffusers.training.record import ScanRecord
 from rvedit_diffusers.training.sampler import BatchSampler, derive_seed
@@ -78,7 +78,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_
 OF_STAGE_EDIT = (
     "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
     " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
-    " align_reference_latents align_every align_warmup_steps align_stop_step operations edits_per_scene"
+    " align_reference_latents align_every align_warmup_steps align_stop_step operations edits_per_scene levels"
 ).split()
 # What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
 # and the weights, the content counts; of the batch size, that of all processes.
@@ -126,6 +126,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--num_workers", type=int, default=2, help="processes that read the cache")
     group.add_argument("--num_pairs", type=int, default=8192, help="pairs of `synthetic`")
     operations = (*OPERATIONS, *NEW_OPERATIONS)
+    group.add_argument(
+        "--levels",
+        nargs="+",
+        choices=TRAIN_LEVELS,
+        help="of the benchmark, for `synthetic`: its items and their twins; one that is named twice comes twice as"
+        " often; default: the single edits of --operations",
+    )
     group.add_argument("--operations", nargs="+", choices=operations, default=OPERATIONS, help="of `synthetic`")
     group.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
 
@@ -242,6 +249,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(str(error))
     if args.train_data == "synthetic" and len(args.buckets) > 1:
         parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
+    if args.levels is not None:
+        for name in ("operations", "edits_per_scene"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--levels and --{name} are two ways to say what `synthetic` shows: give one")
+        if args.train_data != "synthetic":
+            parser.error(f"--levels is for --train_data synthetic, but that is {args.train_data}")
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
     if args.group_offload and not args.gradient_checkpointing:
@@ -299,6 +312,9 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
     if data == "synthetic":
         bucket = args.buckets[0]
         size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
+        if args.levels is not None:
+            items = BenchmarkItems(args.levels, args.seed + 20, split="train", **size)
+            return BenchmarkPairs(items, args.num_pairs, float(args.fps or fps))
         edits = SyntheticEdits(
             args.seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
         )

@@ -6,7 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from rvedit_diffusers.training.checkpoint import load_checkpoint, save_checkpoint
-from rvedit_diffusers.training.optimizers import NEED_OTHERS, MuonAdamW, block_matrices, build_optimizer, warmup_cosine
+from rvedit_diffusers.training.optimizers import (
+    NEED_OTHERS,
+    MuonAdamW,
+    block_matrices,
+    build_optimizer,
+    orthogonalized,
+    warmup_cosine,
+)
 
 
 NAMES = sorted(
@@ -63,7 +70,20 @@ def test_it_does_what_its_parts_do_alone():
             part.step()
             part.zero_grad()
     for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        # torch.optim.Muon rounds to bfloat16: a hundredth of three updates of 0.01 at most
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=3e-4 if ours is model[1].weight else 1e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 24, 8), (2, 8, 24)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    together = orthogonalized(matrices, (3.4445, -4.7750, 2.0315), 5)
+    values = torch.linalg.svdvals(together)
+    assert values.min() > 0.3 and values.max() < 1.3  # the iteration ends in that range, not at 1
+    for one, result in zip(matrices, together, strict=True):
+        left, _, right = torch.linalg.svd(one, full_matrices=False)
+        assert F.cosine_similarity((left @ right).flatten(), result.flatten(), dim=0) > 0.95
+        torch.testing.assert_close(orthogonalized(one[None], (3.4445, -4.7750, 2.0315), 5)[0], result)
 
 
 @pytest.mark.parametrize("part", ["matrices", "others"])
@@ -91,7 +111,7 @@ def test_an_empty_part_is_left_out(part, tmp_path):
             each.param_groups[0]["lr"] = 1e-2 / (step + 1)
             each.step()
             each.zero_grad()
-    torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=0)
+    torch.testing.assert_close(layer.weight, twin.weight, rtol=0, atol=3e-4 if part == "matrices" else 0)
 
 
 def test_block_matrices_names_each_weight_once_and_in_order():

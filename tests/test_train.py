@@ -166,6 +166,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model, cache, tmp
     assert without_time[0] == without_time[1]
 
 
+def test_it_trains_on_levels_of_the_benchmark(model, tmp_path):
+    log = run(model, tmp_path / "cache", tmp_path / "out", "--max_train_steps=2", "--levels", "L3", "L5", *QUIET, *LORA)
+    assert len(log) == 2 and all(math.isfinite(entry["flow"]) for entry in log)
+    state = train.read_state(tmp_path / "out" / "checkpoint-2")
+    assert state["config"]["levels"] == ["L3", "L5"]
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_weights(model, cache, tmp_path):
     options = ("--max_train_steps=40", "--checkpointing_steps=1", "--checkpoints_total_limit=2", *QUIET, *LORA)
@@ -632,6 +639,10 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"stage": "connect", "lora_rank": 8, "align_loss": "cosine"}', "--lora_rank, --align_loss"),
         ('{"stage": "connect", "training_type": "full"}', "--training_type"),
         ('{"stage": "connect", "columns": "kiwi-edit"}', "--columns kiwi-edit"),
+        ('{"stage": "connect", "levels": ["L1"]}', "--levels"),
+        ('{"levels": ["L1"], "operations": ["remove"]}', "--operations"),
+        ('{"levels": ["L1"], "train_data": "pairs.csv"}', "--levels"),
+        ('{"levels": ["OOD"]}', "--levels"),
         ('{"stage": "connect", "train_distiller": "none"}', "--train_distiller none"),
         ('{"resume_from_checkpoint": "absent"}', "absent"),
         ("[]", "--config"),

@@ -1,9 +1,9 @@
 """Pretrain the small Qwen2.5-VL of the embedded checkpoint on questions about scenes with exact answers, resumably.
 
 A released MLLM understands clips and instructions before it is ever used for editing; a tiny one made from its
-configuration has to be taught. The questions: what is in each cell, which cells change, which operation, which object,
-which value. The
-heads that answer them are thrown away; the model, the queries in its editing slots and the processor are kept.
+configuration has to be taught. The questions: what is in each cell; which cells each operation changes; which
+operations these are, in order, on which objects and with which values. The heads that answer them are thrown away;
+the model, the queries in its editing slots and the processor are kept.
 
     python examples/tiny/train_mllm.py --output runs/mllm
 """
@@ -19,10 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from rvedit_diffusers import RVEDiTProcessor, RVEDiTTokenDistiller
-from rvedit_diffusers.synthetic import COLOURS, GRADES, OPERATIONS, SHAPES, TEST_PHOTOS, Edit, Scene, SyntheticEdits
-from rvedit_diffusers.synthetic.scenes import coverage
+from rvedit_diffusers.synthetic import COLOURS, GRADES, SHAPES, BenchmarkItem, BenchmarkItems, Scene
+from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, PLACES, RESIZES, VALUES, Operation
+from rvedit_diffusers.synthetic.scenes import SIZES, STYLES, coverage
+from rvedit_diffusers.synthetic.wording import clauses
 from rvedit_diffusers.tiny import save_tiny_mllm
 from rvedit_diffusers.training.checkpoint import (
     checkpoints,
@@ -32,9 +35,11 @@ from rvedit_diffusers.training.checkpoint import (
     save_checkpoint,
 )
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
+from rvedit_diffusers.training.options import default_precision
 
 
-NUM_FRAMES = 6  # what the MLLM sees of a clip
+LEVELS = ("L0", "L1", "L2", "L2", "L3", "L4", "L5", "L6")  # in turns: hard distractors twice
+NUM_FRAMES = 4  # what the MLLM sees of a clip
 MLLM_CONFIG = {
     "hidden_size": 128,
     "num_layers": 4,
@@ -56,15 +61,31 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endfor %}"
 )
 TOKEN_WIDTH = 256  # of the editor that the connectors are made for
+SLOTS = 3  # operations of an instruction, at most
+KINDS = LOCAL + GLOBAL
+# asked of each operation, the answers in the order of these words
 QUESTIONS = {
-    "operation": len(OPERATIONS),
-    "grade": len(GRADES),
-    "colour": len(COLOURS),
-    "shape": len(SHAPES),
-    "object_colour": len(COLOURS),
-    "object_shape": len(SHAPES),
+    "operation": (*KINDS, "none"),
+    "colour": tuple(COLOURS),
+    "shape": SHAPES,
+    "size": (*SIZES, *RESIZES),
+    "place": tuple(PLACES),
+    "wall": VALUES["background"],
+    "look": (*GRADES, *STYLES),
+    "object_colour": tuple(COLOURS),
+    "object_shape": SHAPES,
 }
-CELL_QUESTIONS = {"changes": 1, "operation": len(OPERATIONS), "colour": len(COLOURS), "shape": len(SHAPES)}
+VALUE_QUESTIONS = {  # what the words of an operation's value answer
+    "recolour": ("colour",),
+    "remove": (),
+    "add": ("colour", "shape", "size", "place"),
+    "replace": ("colour", "shape"),
+    "resize": ("size",),
+    "move": ("place",),
+    "background": ("wall",),
+    "grade": ("look",),
+    "stylise": ("look",),
+}
 CELL = 8  # pixels that a visual token covers
 # these are asked of the vision tower's own output too: shapes are learned many times sooner from there
 SIGHT_QUESTIONS = {"colour": len(COLOURS) + 1, "shape": len(SHAPES) + 1, "coverage": CELL * CELL, "centre": 2}
@@ -72,34 +93,35 @@ NO_ANSWER = -100
 
 
 class AnswerHeads(nn.Module):
-    """Reads the answers off the MLLM's states: per clip from the editing slots, per cell from the visual tokens."""
+    """Reads the answers off the MLLM's states: of operations from the editing slots, of cells from visual tokens."""
 
     def __init__(self, hidden_size: int, num_edit_tokens: int):
         super().__init__()
-        self.clip = nn.ModuleDict({k: nn.Linear(hidden_size * num_edit_tokens, n) for k, n in QUESTIONS.items()})
-        self.place = nn.Linear(hidden_size * num_edit_tokens, NUM_FRAMES // 2 * 2)
-        self.cell = nn.Linear(hidden_size, sum(CELL_QUESTIONS.values()))
+        width = hidden_size * num_edit_tokens
+        self.clip = nn.ModuleDict({name: nn.Linear(width, SLOTS * len(words)) for name, words in QUESTIONS.items()})
+        self.place = nn.Linear(width, SLOTS * NUM_FRAMES // 2 * 2)
+        self.cell = nn.Linear(hidden_size, SLOTS)
         self.sight = nn.ModuleList(nn.Linear(hidden_size, sum(SIGHT_QUESTIONS.values())) for _ in range(2))
 
     def forward(self, edit_states: torch.Tensor, visual_states: torch.Tensor, vision: torch.Tensor):
         """`vision` are the tower's outputs, `(visual tokens of the batch, hidden_size)`."""
         flat = edit_states.flatten(1)
         sight = [head(states.flatten(0, -2)) for head, states in zip(self.sight, (vision, visual_states), strict=True)]
-        return {k: head(flat) for k, head in self.clip.items()}, self.place(flat), self.cell(visual_states), sight
+        answers = {name: head(flat).unflatten(1, (SLOTS, -1)) for name, head in self.clip.items()}
+        return answers, self.place(flat).unflatten(1, (SLOTS, -1)), self.cell(visual_states), sight
 
 
-def answers(edit: Edit) -> dict[str, int]:
-    """Class index of every question, `NO_ANSWER` where it does not apply."""
-    given = dict.fromkeys(QUESTIONS, NO_ANSWER) | {"operation": OPERATIONS.index(edit.operation)}
-    if edit.operation == "grade":
-        return given | {"grade": GRADES.index(edit.value[0])}
-    thing, colours = edit.scene.objects[edit.target], list(COLOURS)
-    given |= {"object_colour": colours.index(thing.colour), "object_shape": SHAPES.index(thing.shape)}
-    if edit.value:
-        given["colour"] = colours.index(edit.value[0])
-    if len(edit.value) > 1:
-        given["shape"] = SHAPES.index(edit.value[1])
-    return given
+def answers(item: BenchmarkItem, operation: Operation | None, shows_result: bool) -> dict[str, int]:
+    """Class index of every question about an operation, `NO_ANSWER` where it does not apply."""
+    given = dict.fromkeys(QUESTIONS, NO_ANSWER) | {"operation": len(KINDS)}
+    if operation is None:
+        return given
+    value = (operation.value,) if operation.kind == "background" else operation.value
+    words = {"operation": operation.kind} | dict(zip(VALUE_QUESTIONS[operation.kind], value, strict=True))
+    if operation.target is not None and operation.target < len(item.scene.objects) and not shows_result:
+        thing = item.scene.objects[operation.target]
+        words |= {"object_colour": thing.colour, "object_shape": thing.shape}
+    return given | {name: QUESTIONS[name].index(word) for name, word in words.items()}
 
 
 def sight(scene: Scene) -> dict[str, np.ndarray]:
@@ -131,43 +153,55 @@ def sight(scene: Scene) -> dict[str, np.ndarray]:
     }
 
 
-def make_batch(edits: SyntheticEdits, indices: range, references: bool) -> dict[str, object]:
+def with_twins(items: BenchmarkItems, indices: range) -> list[BenchmarkItem]:
+    """Items and their twins in turns, by index; an item without one is its own."""
+    found = {number: items[number] for number in {index // 2 for index in indices}}
+    return [found[i // 2].twin if i % 2 and found[i // 2].twin is not None else found[i // 2] for i in indices]
+
+
+def make_batch(items: BenchmarkItems, indices: range, references: bool) -> dict[str, object]:
     """Clips, instructions and answers. With `references`, every fourth clip shows the result of its edit."""
-    items = [edits[index] for index in indices]
-    shows_result = [references and index % 4 == 3 for index in indices]
-    clips = [e.target_frames if result else e.source_frames for e, result in zip(items, shows_result, strict=True)]
-    masks = torch.from_numpy(np.stack([e.mask for e in items])).float()  # (batch, frames, height, width)
-    cells = F.avg_pool3d(masks[:, None], (2, 8, 8))[:, 0]  # (batch, frames / 2, 8, 8)
-    places = [
-        np.zeros((NUM_FRAMES // 2, 2))
-        if e.target is None
-        else np.array(e.scene.objects[e.target].path).reshape(-1, 2, 2).mean(1)
-        for e in items
-    ]
-    given = [answers(e) for e in items]
-    # what was removed cannot be seen in the result
-    knowable = [not (result and e.operation == "remove") for e, result in zip(items, shows_result, strict=True)]
-    seen = [sight(e.edited if result else e.scene) for e, result in zip(items, shows_result, strict=True)]
+    chosen = with_twins(items, indices)
+    results = [references and index % 4 == 1 + index // 4 % 2 for index in indices]
+    pairs = list(zip(chosen, results, strict=True))
+    count = len(chosen)
+    cells = torch.zeros(count, SLOTS, NUM_FRAMES // 2, *(side // CELL for side in chosen[0].mask.shape[1:]))
+    places = torch.zeros(count, SLOTS, NUM_FRAMES // 2 * 2)
+    knowable, has_place = torch.zeros(count, SLOTS), torch.zeros(count, SLOTS)
+    given = []
+    for row, (item, shows_result) in enumerate(pairs):
+        operations = [*item.operations, *[None] * (SLOTS - len(item.operations))]
+        given.append([answers(item, operation, shows_result) for operation in operations])
+        for slot, operation in enumerate(item.operations):
+            masks = torch.from_numpy(item.masks[slot]).float()
+            cells[row, slot] = F.avg_pool3d(masks[None], (2, CELL, CELL))[0]
+            # the result does not show what was there before
+            knowable[row, slot] = not (shows_result and operation.kind in ("remove", "move"))
+            if operation.target is not None and operation.target < len(item.scene.objects):
+                path = np.array(item.scene.objects[operation.target].path)
+                places[row, slot] = torch.from_numpy(path).float().unflatten(0, (-1, 2)).mean(1).flatten()
+                has_place[row, slot] = knowable[row, slot]
+    seen = [sight(item.edited if shows_result else item.scene) for item, shows_result in pairs]
     return {
         "sight": {name: torch.from_numpy(np.concatenate([s[name] for s in seen])) for name in SIGHT_QUESTIONS},
-        "clips": clips,
-        "text": [e.instruction for e in items],
-        "cells": cells.flatten(1),
-        "places": torch.tensor(np.stack(places), dtype=torch.float32).flatten(1),
-        "has_place": torch.tensor([e.target is not None and k for e, k in zip(items, knowable, strict=True)]).float(),
-        "knowable": torch.tensor(knowable).float(),
-        "answers": {k: torch.tensor([g[k] for g in given]) for k in QUESTIONS},
+        "clips": [item.target_frames if shows_result else item.source_frames for item, shows_result in pairs],
+        "text": [item.instruction for item in chosen],
+        "cells": cells.flatten(2).transpose(1, 2),  # (batch, cells, slots)
+        "places": places,
+        "has_place": has_place,
+        "knowable": knowable,
+        "answers": {name: torch.tensor([[one[name] for one in row] for row in given]) for name in QUESTIONS},
     }
 
 
 class Batches(torch.utils.data.Dataset):
     """Batch number `index` and the MLLM's inputs for it."""
 
-    def __init__(self, edits: SyntheticEdits, processor: RVEDiTProcessor, batch_size: int):
-        self.edits, self.processor, self.batch_size = edits, processor, batch_size
+    def __init__(self, items: BenchmarkItems, processor: RVEDiTProcessor, batch_size: int):
+        self.items, self.processor, self.batch_size = items, processor, batch_size
 
     def __getitem__(self, index: int):
-        batch = make_batch(self.edits, range(index * self.batch_size, (index + 1) * self.batch_size), references=True)
+        batch = make_batch(self.items, range(index * self.batch_size, (index + 1) * self.batch_size), references=True)
         return batch, dict(self.processor(batch.pop("clips"), batch["text"]))
 
 
@@ -186,27 +220,23 @@ def sight_losses(predicted: torch.Tensor, truth: dict[str, torch.Tensor]) -> dic
 
 
 def losses(predicted, batch) -> dict[str, torch.Tensor]:
-    clip_logits, places, cell_logits, sights = predicted
+    answered, places, changes, sights = predicted
     cells, knowable, given = batch["cells"], batch["knowable"], batch["answers"]
-    cell = dict(zip(CELL_QUESTIONS, cell_logits.float().split(list(CELL_QUESTIONS.values()), -1), strict=True))
-    bce = F.binary_cross_entropy_with_logits(cell["changes"][..., 0], cells, reduction="none")
+    bce = F.binary_cross_entropy_with_logits(changes.float(), cells, reduction="none")  # (batch, cells, slots)
     # which of the objects it is, is the hard part
-    weights = 1.0 + 4.0 * (batch["sight"]["shape"].view_as(cells) < len(SHAPES))
-    terms = {"mask": 4 * ((bce * weights).mean(1) * knowable).sum() / knowable.sum()}
+    weights = 1.0 + 4.0 * (batch["sight"]["shape"].view(cells.shape[:2]) < len(SHAPES))
+    terms = {"mask": 4 * ((bce * weights.unsqueeze(-1)).mean(1) * knowable).sum() / knowable.sum()}
     for prefix, weight, answer in zip(("vision", "seen"), (1.0, 0.5), sights, strict=True):
         terms |= {f"{prefix}_{k}": weight * v for k, v in sight_losses(answer, batch["sight"]).items()}
-    inside = cells > 0.5
-    for name in ("operation", "colour", "shape"):
-        labels = given[name][:, None].expand_as(cells)[inside]
-        terms[f"cell_{name}"] = 0.3 * F.cross_entropy(cell[name][inside], labels, ignore_index=NO_ANSWER)
-    for name, logits in clip_logits.items():
-        # a batch may have no clip that the question applies to
+    for name, logits in answered.items():
+        # a batch may have no operation that the question applies to
         valid = (given[name] != NO_ANSWER).sum().clamp(min=1)
-        terms[name] = (
-            0.3 * F.cross_entropy(logits.float(), given[name], ignore_index=NO_ANSWER, reduction="sum") / valid
+        error = F.cross_entropy(
+            logits.flatten(0, 1).float(), given[name].flatten(), ignore_index=NO_ANSWER, reduction="sum"
         )
-    error = (places.float() - batch["places"]).abs().mean(1)
-    terms["place"] = 2 * (error * batch["has_place"]).sum() / batch["has_place"].sum().clamp(min=1)
+        terms[name] = 0.3 * error / valid
+    error = (places.float() - batch["places"]).abs().mean(2)
+    terms["centre"] = 2 * (error * batch["has_place"]).sum() / batch["has_place"].sum().clamp(min=1)
     return terms
 
 
@@ -221,30 +251,48 @@ def ask(mllm, distiller, heads, inputs):
 
 
 @torch.no_grad()
-def evaluate(mllm, distiller, heads, processor, edits: SyntheticEdits, num_clips: int = 128) -> dict[str, float]:
+def evaluate(mllm, distiller, heads, processor, items: BenchmarkItems, num_clips: int = 128) -> dict[str, float]:
     heads.eval()
     union = overlap = 0.0
-    right = {k: [] for k in (*QUESTIONS, "seen_colour", "seen_shape")}
+    right = {name: [] for name in (*QUESTIONS, "all_operations", "seen_colour", "seen_shape")}
     for start in range(0, num_clips, 32):
-        batch = make_batch(edits, range(start, start + 32), references=False)
-        clip_logits, _, cell_logits, sights = ask(mllm, distiller, heads, processor(batch["clips"], batch["text"]))
+        batch = make_batch(items, range(start, start + 32), references=False)
+        answered, _, changes, sights = ask(mllm, distiller, heads, processor(batch["clips"], batch["text"]))
         local = batch["has_place"].bool()
-        guess, truth = cell_logits[local][..., 0] > 0, batch["cells"][local] > 0.5
+        guess, truth = (changes > 0).transpose(1, 2)[local], (batch["cells"] > 0.5).transpose(1, 2)[local]
         overlap, union = overlap + (guess & truth).sum().item(), union + (guess | truth).sum().item()
-        for name, logits in clip_logits.items():
+        for name, logits in answered.items():
             known = batch["answers"][name] != NO_ANSWER
-            right[name] += (logits.argmax(1) == batch["answers"][name])[known].tolist()
+            hits = logits.argmax(2) == batch["answers"][name]
+            right[name] += hits[known].tolist()
+            if name == "operation":
+                right["all_operations"] += hits.all(1).tolist()
         guesses = sights[1].split(list(SIGHT_QUESTIONS.values()), -1)
         for name, guess in zip(("colour", "shape"), guesses, strict=False):
             truth = batch["sight"][name]
             right[f"seen_{name}"] += (guess.argmax(1) == truth)[truth < SIGHT_QUESTIONS[name] - 1].tolist()
     heads.train()
-    return {"mask_iou": overlap / union} | {name: float(np.mean(hits)) for name, hits in right.items()}
+    return {"mask_iou": overlap / union} | {name: float(np.mean(hits)) for name, hits in right.items() if hits}
+
+
+def take_over(mllm: PreTrainedModel, tokenizer: Qwen2Tokenizer, distiller: RVEDiTTokenDistiller, start: Path) -> None:
+    """Begin with the weights of a pipeline's MLLM and queries; its word embeddings go by the words."""
+    weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(start / "mllm").state_dict()
+    vocabulary = RVEDiTProcessor.from_pretrained(start / "processor").tokenizer.get_vocab()
+    known = [(row, vocabulary[word]) for word, row in tokenizer.get_vocab().items() if word in vocabulary]
+    ours, theirs = torch.tensor(known).unbind(1)
+    for name, weight in mllm.state_dict().items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            weight[ours] = weights[name][theirs].to(weight)
+        else:
+            weight.copy_(weights[name])
+    distiller.queries.data.copy_(RVEDiTTokenDistiller.from_pretrained(start / "distiller").queries)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for model, processor, queries and log")
+    parser.add_argument("--start", type=Path, help="folder of a pipeline whose MLLM and queries to begin with")
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -255,16 +303,17 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    edits = SyntheticEdits(args.seed + 10, num_frames=NUM_FRAMES)
-    unseen = SyntheticEdits(1_000_000, num_frames=NUM_FRAMES, photos=TEST_PHOTOS)
-    corpus = [edits[index].instruction for index in range(2000)]
+    items = BenchmarkItems(LEVELS, args.seed + 10, split="train", num_frames=NUM_FRAMES)
+    unseen = BenchmarkItems(LEVELS, 1_000_000, num_frames=NUM_FRAMES)
     with tempfile.TemporaryDirectory() as folder:
-        mllm, _ = save_tiny_mllm(folder, corpus=corpus, vocab_size=1024, seed=args.seed, **MLLM_CONFIG)
+        mllm, _ = save_tiny_mllm(folder, corpus=clauses(), vocab_size=1024, seed=args.seed, **MLLM_CONFIG)
         processor = RVEDiTProcessor.from_mllm(folder, **PROCESSOR_CONFIG)
     processor.chat_template = CHAT_TEMPLATE
     distiller = RVEDiTTokenDistiller(
         mllm_hidden_size=MLLM_CONFIG["hidden_size"], dim=TOKEN_WIDTH, num_edit_tokens=processor.num_edit_tokens
     )
+    if args.start is not None:
+        take_over(mllm, processor.tokenizer, distiller, args.start)
     heads = AnswerHeads(MLLM_CONFIG["hidden_size"], processor.num_edit_tokens)
     mllm.train().set_attn_implementation("eager")  # at this size the fused kernels' backward pass is the slower one
 
@@ -284,7 +333,7 @@ def main() -> None:
     log = open_log(args.output / "log.jsonl", step)
     batches = iter(
         torch.utils.data.DataLoader(
-            Batches(edits, processor, args.batch_size),
+            Batches(items, processor, args.batch_size),
             batch_size=None,
             sampler=range(step, 10_000_000),
             num_workers=args.num_workers,
@@ -295,7 +344,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch, inputs = next(batches)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=default_precision() == "bf16"):
             terms = losses(ask(mllm, distiller, heads, inputs), batch)
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

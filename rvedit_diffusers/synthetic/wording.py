@@ -1,13 +1,14 @@
 """Instructions: phrases that name one object of a scene, clauses for operations, and sentences of clauses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 
 import numpy as np
 
 from .edits import MARGIN, referring_expressions
 from .edits import TEMPLATES as EDIT_TEMPLATES
-from .operations import Operation
-from .scenes import Scene
+from .operations import VALUES, Operation
+from .scenes import COLOURS, SHAPES, Scene
 
 
 TEMPLATES = {
@@ -98,3 +99,19 @@ def swapped_words(one: str, other: str) -> int:
     """In how many places two sentences of equally many words differ; -1 if their numbers of words differ."""
     one, other = one.split(), other.split()
     return sum(a != b for a, b in zip(one, other)) if len(one) == len(other) else -1
+
+
+def clauses() -> Iterator[str]:
+    """Clauses that have all words of the benchmark's instructions, to make tokenizers of: each wording of each
+    operation with each of its values."""
+    looks = [f"the {colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    compared = "leftmost rightmost topmost bottommost largest smallest moving".split()
+    comparisons = [*(f"the {word} object" for word in compared), *(f"the {colour} object" for colour in COLOURS), "it"]
+    sides = [side for pair in SIDES for side in pair]
+    relations = [f"the {shape} {side} {look}" for look, shape, side in zip(looks, cycle(SHAPES), cycle(sides))]
+    phrases = cycle(looks + comparisons + relations)
+    for kind, values in VALUES.items():
+        for value in values:
+            wordings = EDIT_TEMPLATES[value[0]] if kind == "grade" else TEMPLATES[kind]
+            for template in range(len(wordings)):
+                yield sentence([clause(Operation(kind, 0, value), next(phrases), template), "and then its"], ", ")

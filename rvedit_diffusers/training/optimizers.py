@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from .options import computes_in_bfloat16
+
 
 OWN_OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 NEED_OTHERS = ("LBFGS", "Muon", "SparseAdam", "Optimizer")  # a closure, matrices alone, sparse gradients, a subclass
@@ -29,8 +31,58 @@ def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:
     return list(dict.fromkeys(layer.weight for layer in layers if layer.weight.requires_grad))
 
 
+def orthogonalized(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
+    """Bring the singular values of matrices near 1 by Newton-Schulz iterations of degree 5, as Muon does.
+
+    Args:
+        matrices (`torch.Tensor` of shape `(matrices, rows, columns)`): Any float dtype, in which it is computed.
+        coefficients (`tuple[float, float, float]`): Of the powers 1, 3 and 5.
+        steps (`int`): Iterations.
+
+    Returns:
+        `torch.Tensor` of the shape and dtype of `matrices`.
+    """
+    linear, cubic, quintic = coefficients
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Muon):
+    """`torch.optim.Muon`, which takes matrices one by one in bfloat16; here those of one shape are orthogonalised
+    together, and in float32 on CPUs that do not compute in bfloat16."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters, gradients, momenta = [], [], []
+            self._init_group(group, parameters, gradients, momenta)
+            shapes: dict[torch.Size, list[int]] = {}
+            for number, (parameter, gradient, momentum) in enumerate(zip(parameters, gradients, momenta, strict=True)):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                shapes.setdefault(parameter.shape, []).append(number)
+            for shape, numbers in shapes.items():
+                updates = torch.stack([gradients[n].lerp(momenta[n], group["momentum"]) for n in numbers])
+                dtype = torch.bfloat16 if computes_in_bfloat16(updates.device) else torch.float32
+                updates = orthogonalized(updates.to(dtype), group["ns_coefficients"], group["ns_steps"])
+                # the size of AdamW's update: eq. 4 of arXiv 2502.16982
+                rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
+                for number, update in zip(numbers, updates, strict=True):
+                    parameters[number].add_(update, alpha=-rate)
+        return loss
+
+
 class MuonAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` and `torch.optim.AdamW` side by side, with one learning rate that suits both.
+    """[`Muon`] and `torch.optim.AdamW` side by side, with one learning rate that suits both.
 
     Muon's update is scaled to the size of AdamW's, as in [Muon is Scalable for LLM
     Training](https://arxiv.org/abs/2502.16982), so that rates and schedules carry over. Without matrices, or without
@@ -62,8 +114,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError("`matrices` and `others` are both empty, but there has to be a parameter to train")
         self.parts = []
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.parts.append(muon)
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if others:
             self.parts.append(torch.optim.AdamW(others, lr=lr, betas=betas, weight_decay=weight_decay))
         super().__init__([part.param_groups[0] for part in self.parts], {"lr": lr})

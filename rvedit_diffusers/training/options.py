@@ -8,11 +8,17 @@ from pathlib import Path
 import torch
 
 
+def computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself; emulated, it can be far slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def default_precision() -> str:
-    """`"bf16"` where the processor computes in bfloat16, else `"no"`: emulated, it can be far slower than float32."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "no"
+    """`"bf16"` where the machine's GPU, or without one its CPU, computes in bfloat16, else `"no"`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return "bf16" if computes_in_bfloat16(device) else "no"
 
 
 def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

@@ -4,13 +4,15 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ..synthetic import SyntheticEdits, caption
-from ..synthetic.edits import DRAWN
+from ..synthetic import BenchmarkItem, BenchmarkItems, SyntheticEdits, caption
+from ..synthetic.edits import DRAWN as DRAWN_EDITS
+from ..synthetic.levels import DRAWN as DRAWN_ITEMS
 from .data import Bucket, Plan, content_key, load_pair
 from .record import ScanRecord
 from .sampler import generator
@@ -106,9 +108,58 @@ class SyntheticPairs:
         return self.rate
 
     def key(self, index: int) -> str:
-        drawn = [DRAWN, vars(self.edits), index, self.rate] + ["captioned"] * self.captioned
+        drawn = [DRAWN_EDITS, vars(self.edits), index, self.rate] + ["captioned"] * self.captioned
         return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
 
     def hold_out(self, count: int, seed: int) -> tuple["SyntheticPairs", "SyntheticPairs"]:
         unseen = SyntheticEdits(1_000_000 + seed, operations=self.edits.operations, **self.edits.scene_arguments)
         return self, SyntheticPairs(unseen, count, self.rate, self.captioned)
+
+
+@lru_cache(maxsize=64)
+def draw_pair(items: BenchmarkItems, index: int) -> BenchmarkItem:
+    item = items[index // 2]
+    return item.twin if index % 2 and item.twin is not None else item
+
+
+class BenchmarkPairs:
+    """The first items of an endless list, each followed by its twin, an [`EditPairs`].
+
+    Twins have the same source and instructions that differ in one word: which word it is has to be read. The few
+    items without a twin (a grade to grey) come twice.
+
+    Args:
+        items ([`BenchmarkItems`]): The list, of the split `train`.
+        num_pairs (`int`): How many pairs: twice the items.
+        fps (`float`): The rate that the clips are said to have.
+    """
+
+    def __init__(self, items: BenchmarkItems, num_pairs: int, fps: float):
+        self.items, self.num_pairs, self.rate = items, num_pairs, fps
+
+    def __len__(self) -> int:
+        return self.num_pairs
+
+    def bucket(self, index: int) -> Bucket:
+        return Bucket(*(self.items.scene_arguments[name] for name in ("num_frames", "height", "width")))
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        item = draw_pair(self.items, index)
+        return item.source_frames, item.target_frames
+
+    def instruction(self, index: int) -> str:
+        return draw_pair(self.items, index).instruction
+
+    def fps(self, index: int) -> float:
+        return self.rate
+
+    def key(self, index: int) -> str:
+        items = self.items
+        drawn = [DRAWN_ITEMS, items.levels[index // 2 % len(items.levels)], items.split, items.seed]
+        drawn += [items.scene_arguments, index, self.rate]
+        return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
+
+    def hold_out(self, count: int, seed: int) -> tuple["BenchmarkPairs", "BenchmarkPairs"]:
+        items = self.items
+        unseen = BenchmarkItems(items.levels, 1_000_000 + seed, items.split, **items.scene_arguments)
+        return self, BenchmarkPairs(unseen, count, self.rate)

@@ -1,0 +1,59 @@
+import numpy as np
+import pytest
+
+from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_LEVELS, TRAIN_PHOTOS, BenchmarkItems
+from rvedit_diffusers.synthetic.wording import swapped_words
+from rvedit_diffusers.training.data import Bucket
+from rvedit_diffusers.training.pairs import BenchmarkPairs
+
+
+SIZE = {"num_frames": 5, "height": 32, "width": 32}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return BenchmarkPairs(BenchmarkItems(TRAIN_LEVELS, 3, split="train", **SIZE), 28, 8.0)
+
+
+def test_an_item_is_followed_by_its_twin(pairs):
+    assert len(pairs) == 28 and pairs.bucket(0) == Bucket(5, 32, 32) and pairs.fps(0) == 8.0
+    for index in range(2, 14, 2):  # of L1 to L6, which all have twins
+        (source, target), (twin_source, twin_target) = pairs.load(index), pairs.load(index + 1)
+        np.testing.assert_array_equal(source, twin_source)
+        assert (target != twin_target).any() and (source != target).any()
+        assert swapped_words(pairs.instruction(index), pairs.instruction(index + 1)) == 1
+
+
+def test_an_item_without_a_twin_comes_twice():
+    items = BenchmarkItems("L0", 3, split="train", **SIZE)
+    index = next(index for index in range(100) if items[index].twin is None)
+    pairs = BenchmarkPairs(items, 200, 8.0)
+    assert pairs.instruction(2 * index) == pairs.instruction(2 * index + 1) == items[index].instruction
+
+
+def test_keys_tell_apart_all_that_is_drawn(pairs):
+    items = [
+        BenchmarkItems(TRAIN_LEVELS, 4, split="train", **SIZE),
+        BenchmarkItems(TRAIN_LEVELS, 3, split="test", **SIZE),
+        BenchmarkItems(TRAIN_LEVELS[::-1], 3, split="train", **SIZE),
+        BenchmarkItems(TRAIN_LEVELS, 3, split="train", **SIZE | {"num_frames": 9}),
+    ]
+    others = [BenchmarkPairs(each, 28, 8.0).key(0) for each in items] + [BenchmarkPairs(pairs.items, 28, 9.0).key(0)]
+    keys = {pairs.key(index) for index in range(len(pairs))}
+    assert len(keys) == len(pairs) and len(set(others)) == len(others) and keys.isdisjoint(others)
+
+
+def test_a_key_is_that_of_the_same_item_in_another_list(pairs):
+    """Pairs that were encoded for one choice of levels serve another one."""
+    other = BenchmarkPairs(BenchmarkItems(("L0", "L1"), 3, split="train", **SIZE), 4, 8.0)
+    assert [other.key(index) for index in range(4)] == [pairs.key(index) for index in range(4)]
+    assert [other.instruction(index) for index in range(4)] == [pairs.instruction(index) for index in range(4)]
+
+
+def test_held_out_pairs_are_of_other_scenes_over_the_same_photographs(pairs):
+    kept, held_out = pairs.hold_out(14, seed=0)
+    assert kept is pairs and len(held_out) == 14
+    assert held_out.items.seed != pairs.items.seed and held_out.items.levels == pairs.items.levels
+    assert {held_out.key(i) for i in range(14)}.isdisjoint(pairs.key(i) for i in range(28))
+    scene = held_out.items[0].scene
+    assert scene.photos == TRAIN_PHOTOS and not set(scene.photos) & set(TEST_PHOTOS)
