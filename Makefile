@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 SEED ?= 0
+NUM ?= 100
 PROCESSES ?= $(shell nvidia-smi --list-gpus 2> /dev/null | grep -c GPU | grep -v '^0$$' || echo 2)
 RUN := .venv/bin/python
 
@@ -25,8 +26,9 @@ test: .venv/installed
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
 
+# The embedded checkpoint on all levels, NUM items of each. Goes on where it was stopped.
 score: .venv/installed
-	$(RUN) examples/evaluate.py --seed $(SEED)
+	$(RUN) examples/evaluate.py --num_samples $(NUM) --seed $(SEED) --output out/scores-$(SEED)
 
 # The embedded checkpoint from nothing: hours on two CPU cores. Each step goes on where it was stopped. The editor's
 # blocks are compiled, which needs a C++ compiler; one process a GPU, or two on CPUs.
@@ -38,9 +40,8 @@ tiny: .venv/installed
 	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
 	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
 		--model runs/init --output runs/editor --config examples/tiny/editor.json --resume_from_checkpoint latest
-	$(RUN) examples/evaluate.py --model runs/editor/pipeline --seed $(SEED) --output runs/scores
-	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json \
-		--seed $(SEED)
+	$(RUN) examples/evaluate.py --model runs/editor/pipeline --num_samples $(NUM) --seed $(SEED) --output runs/scores
+	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json
 
 lint: .venv/installed
 	$(RUN) -m ruff check --fix

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import yaml
@@ -58,6 +59,19 @@ QWEN_RESEARCH = {
 # The models that the record of a conversion names, and what is taken from them.
 PARTS = {"wan": "text-to-video model: transformer, VAE, text encoder", "mllm": "MLLM"}
 ORIGIN_HEAD = ["made from", "source", "revision", "licence"]
+
+SCORE_HEAD = ["level", "what it asks for", "union success", "operations", "twins", "outside PSNR", "autoencoder", "n"]
+LEVELS = {
+    "L0": "another grade, style or background",
+    "L1": "one operation, on an object like no other",
+    "L2": "one operation, among objects that look alike",
+    "L3": "two operations, on two objects",
+    "L4": "two operations, on one object",
+    "L5": "an operation on an object, and one on the whole",
+    "L6": "three operations, or one that depends on another",
+    "OOD": "looks and pairs of operations that training never shows",
+    "mean_L2_L6": "mean of L2 to L6",
+}
 
 
 def check_model_card(text: str) -> None:
@@ -146,7 +160,6 @@ def fill_model_card(
     base_models: list[str] | None = None,
     relation: str | None = None,
     scores: dict[str, dict] | None = None,
-    seed: int = 0,
     **values,
 ) -> str:
     """
@@ -158,26 +171,25 @@ def fill_model_card(
         title (`str`): Of the page, and the model's name beside its scores.
         licence (`dict[str, str]`): `license`, and for `other` also `license_name` and `license_link`.
         base_models (`list[str]`, *optional*), relation (`str`, *optional*): Ids on the Hub, and what it is to them.
-        scores (`dict[str, dict]`, *optional*), seed (`int`, defaults to 0): What `examples/evaluate.py` wrote to
-            `results.json`, and the seed that it was run with.
+        scores (`dict[str, dict]`, *optional*): What `examples/evaluate.py` wrote to `results.json`, with the synthetic
+            benchmark: `settings`, with their `seed`, and `levels`.
         values: What else the template asks for.
 
     Raises:
         `ValueError`: if the Hub would not take the card.
     """
     title = _line(title)
-    results, rows, failures = None, [], []
+    results = None
     if scores:
-        results = [result for name, row in scores.items() for result in _eval_results(name, row, seed)]
-        rows = [
-            [name, f"{row['success']:.2f}", f"{row['outside_psnr']:.1f}", f"{row['vae_psnr']:.1f}", row["n"]]
-            for name, row in scores.items()
-        ]
-        failures = [
-            f"{name}: " + ", ".join(f"{label} {count}" for label, count in row["failures"].items())
-            for name, row in scores.items()
-            if row["failures"]
-        ]
+        levels, seed = scores["levels"], scores["settings"]["seed"]
+        results = [_eval_result(name, row, seed) for name, row in levels.items() if name != "mean_L2_L6"]
+        failures = sum((Counter(row.get("failures", {})) for row in levels.values()), Counter())
+        values |= {
+            "seed": seed,
+            "num_samples": next(iter(levels.values()))["n"],
+            "scores": markdown_table(SCORE_HEAD, [_score_row(name, row) for name, row in levels.items()]),
+            "failures": ", ".join(f"{label} {count}" for label, count in failures.items()) or "none",
+        }
     bases = base_models or []
     data = ModelCardData(
         **licence,
@@ -190,35 +202,40 @@ def fill_model_card(
         model_name=title if results else None,
         eval_results=results,
     )
-    values |= {
-        "kind": kind,
-        "title": title,
-        "licence": licence,
-        "seed": seed,
-        "failures": "; ".join(failures) or "nowhere",
-    }
-    values["scores"] = markdown_table(["kind", "success", "outside PSNR", "autoencoder", "n"], rows) if rows else None
+    values |= {"kind": kind, "title": title, "licence": licence}
     card = ModelCard.from_template(data, template_str=CARD_TEMPLATE, **values)
     card.text = "\n" + re.sub(r"\n{3,}", "\n\n", card.text).strip() + "\n"  # what the template's conditions left empty
     check_model_card(str(card))
     return str(card)
 
 
-def _eval_results(kind: str, row: dict, seed: int) -> list[EvalResult]:
-    place = {
-        "task_type": "video-to-video",
-        "task_name": "Instruction-based video editing",
-        "dataset_type": "rvedit-synthetic-edits",
-        "dataset_name": f"Synthetic edits of rvedit_diffusers: {kind}",
-        "dataset_config": kind,
-        "dataset_split": "test",
-        "dataset_args": {"seed": seed, "num_samples": row["n"]},
-    }
-    success = {"metric_type": "success", "metric_name": "Share of edits that succeed"}
-    psnr = {"metric_type": "psnr", "metric_name": "PSNR outside of the edited region, dB"}
+def _eval_result(level: str, row: dict, seed: int) -> EvalResult:
+    return EvalResult(
+        task_type="video-to-video",
+        task_name="Instruction-based video editing",
+        dataset_type="rvedit-synthetic-edits",
+        dataset_name=f"Synthetic benchmark of rvedit_diffusers: {level}",
+        dataset_config=level,
+        dataset_split="test",
+        dataset_args={"seed": seed, "num_samples": row["n"]},
+        metric_type="union_success",
+        metric_name="Share of clips in which every operation succeeds and nothing else is spoiled",
+        metric_value=round(row["union_success"], 4),
+    )
+
+
+def _score_row(level: str, row: dict) -> list:
+    success = "{union_success:.2f} ({union_success_low:.2f} to {union_success_high:.2f})".format(**row)
+    twins = row.get("twin_consistency")
     return [
-        EvalResult(**place, **success, metric_value=round(row["success"], 4)),
-        EvalResult(**place, **psnr, metric_value=round(row["outside_psnr"], 2)),
+        level.replace("_", " "),
+        LEVELS.get(level, "this operation alone"),
+        success,
+        f"{row['op_success']:.2f}",
+        "" if twins is None else f"{twins:.2f}",
+        f"{row['outside_psnr']:.1f}",
+        f"{row['vae_psnr']:.1f}",
+        row["n"],
     ]
 
 
@@ -250,7 +267,6 @@ def write_model_card(
     base_folder: Path | None = None,
     subfolder: str | None = None,
     scores: dict[str, dict] | None = None,
-    seed: int = 0,
 ) -> None:
     """
     Write `README.md` of what was trained, and `sample.png` beside it.
@@ -267,7 +283,7 @@ def write_model_card(
             the licence, and its `model_index.json` the models that it was made from.
         subfolder (`str`, *optional*): Of a LoRA that goes into this folder of a repository, and onto the pipeline that
             was trained with it and is the repository's root.
-        scores (`dict[str, dict]`, *optional*), seed (`int`, defaults to 0): See [`fill_model_card`].
+        scores (`dict[str, dict]`, *optional*): See [`fill_model_card`].
 
     Raises:
         `ValueError`: if `kind` is neither, a file of the base cannot be read, or the Hub would not take the card.
@@ -293,7 +309,6 @@ def write_model_card(
         base_models=[base] if is_hub_id else _hub_ids(sources),
         relation="adapter" if kind == "lora" else "finetune",
         scores=scores,
-        seed=seed,
         base="`" + shown.replace("`", "'") + "`",
         origins=markdown_table(ORIGIN_HEAD, [base_row, *_origin_rows(record)]),
         untrained=kind == "pipeline" and _is_untrained(record),

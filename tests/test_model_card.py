@@ -37,8 +37,31 @@ RESEARCH = {
 FACTS = {"data": "90 pairs of clips.csv, buckets 17x64x64", "steps": "1000 of 4 pairs"}
 LOSSES = {"flow": 0.25, "validation_flow": 0.34567}
 SCORES = {
-    "recolour": {"success": 2 / 3, "outside_psnr": 22.718, "vae_psnr": 23.8, "n": 3, "failures": {"no edit": 1}},
-    "grade": {"success": 1.0, "outside_psnr": 26.0, "vae_psnr": 26.3, "n": 3, "failures": {}},
+    "settings": {"seed": 7},
+    "levels": {
+        "L1": {
+            "union_success": 2 / 3,
+            "union_success_low": 0.0,
+            "union_success_high": 1.0,
+            "op_success": 0.75,
+            "twin_consistency": 0.5,
+            "outside_psnr": 22.718,
+            "vae_psnr": 23.8,
+            "n": 3,
+            "failures": {"no edit": 1},
+        },
+        "L0": {
+            "union_success": 1.0,
+            "union_success_low": 1.0,
+            "union_success_high": 1.0,
+            "op_success": 1.0,
+            "twin_consistency": None,
+            "outside_psnr": 26.0,
+            "vae_psnr": 26.3,
+            "n": 3,
+            "failures": {},
+        },
+    },
 }
 ODD = [
     "a | b",
@@ -226,23 +249,29 @@ def test_the_code_imports_what_there_is(card, kind):
 
 
 def test_scores_are_a_table_and_the_hubs_evaluation_results(card):
-    card = card(scores=SCORES, seed=7)
+    card = card(scores=SCORES)
     assert table(section(card.text, "Scores"))[2:] == [
-        "| recolour | 0.67 | 22.7 | 23.8 | 3 |",
-        "| grade | 1.00 | 26.0 | 26.3 | 3 |",
+        "| L1 | one operation, on an object like no other | 0.67 (0.00 to 1.00) | 0.75 | 0.50 | 22.7 | 23.8 | 3 |",
+        "| L0 | another grade, style or background | 1.00 (1.00 to 1.00) | 1.00 |  | 26.0 | 26.3 | 3 |",
     ]
-    assert "recolour: no edit 1." in card.text and "--seed 7" in card.text
+    assert "Why operations failed: no edit 1." in card.text and "--seed 7 --num_samples 3" in card.text
     found = [
         (result.task_type, result.dataset_config, result.dataset_args, result.metric_type, result.metric_value)
         for result in card.data.eval_results
     ]
     place = {"seed": 7, "num_samples": 3}
     assert found == [
-        ("video-to-video", "recolour", place, "success", 0.6667),
-        ("video-to-video", "recolour", place, "psnr", 22.72),
-        ("video-to-video", "grade", place, "success", 1.0),
-        ("video-to-video", "grade", place, "psnr", 26.0),
+        ("video-to-video", "L1", place, "union_success", 0.6667),
+        ("video-to-video", "L0", place, "union_success", 1.0),
     ]
+
+
+def test_the_mean_over_levels_is_a_row_and_no_result_of_the_hub(card):
+    levels = SCORES["levels"]
+    mean = {name: value for name, value in levels["L1"].items() if name != "failures"}
+    card = card(scores=SCORES | {"levels": levels | {"mean_L2_L6": mean}})
+    assert table(section(card.text, "Scores"))[-1].startswith("| mean L2 L6 | mean of L2 to L6 | 0.67 (")
+    assert [result.dataset_config for result in card.data.eval_results] == ["L1", "L0"]
 
 
 def test_without_scores_none_are_claimed(card):
@@ -489,7 +518,7 @@ def test_all_cards_have_the_same_sections(card, folder):
         assert re.findall(r"^## (.*)$", text, re.MULTILINE) == SECTIONS
         assert "2605.24674" in section(text, "Citation") and "Yan Li and Lin Liu" in section(text, "Citation")
         assert "{{" not in text and "{%" not in text and "\n\n\n" not in text
-        assert ("None were measured" in text) != ("| success |" in text)
+        assert ("None were measured" in text) != ("| union success |" in text)
         for word in ("consent", "deceive", "labelled"):
             assert word in section(text, "Intended use, and use that is not")
         assert "no filter of content" in section(text, "Limits") and "Sound" in section(text, "Limits")
@@ -498,7 +527,7 @@ def test_all_cards_have_the_same_sections(card, folder):
 def test_metadata_can_be_loaded_as_the_hub_does(card, tmp_path):
     card("lora", scores=SCORES)
     data = metadata_load(tmp_path / "my-run" / "lora" / "README.md")
-    assert data["model-index"][0]["results"][0]["dataset"]["name"].endswith("recolour")
+    assert data["model-index"][0]["results"][0]["dataset"]["name"].endswith("L1")
 
 
 VALID = {
@@ -584,7 +613,8 @@ def test_a_wrong_value_is_named(name, data):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_scores_that_are_no_numbers_are_refused(value):
     with pytest.raises(ValueError, match="finite"):
-        fill_model_card("pipeline", "a", APACHE, scores={"remove": SCORES["grade"] | {"outside_psnr": value}})
+        row = SCORES["levels"]["L0"] | {"union_success": value}
+        fill_model_card("pipeline", "a", APACHE, scores=SCORES | {"levels": {"L0": row}})
 
 
 @pytest.mark.parametrize("text", ["# A model\n", "\n" + with_metadata(VALID), "# A model\n" + with_metadata(VALID)])

@@ -58,6 +58,7 @@ def test_models_are_pipelines(line):
 def test_options_of_scripts_exist(line, monkeypatch, capsys):
     _, script, *arguments = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [script, "--help"])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))  # as python does for a script
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     named = {argument.split("=")[0] for argument in arguments if argument.startswith("--")}

@@ -167,7 +167,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(model, cache, tmp
 
 
 def test_it_trains_on_levels_of_the_benchmark(model, tmp_path):
-    log = run(model, tmp_path / "cache", tmp_path / "out", "--max_train_steps=2", "--levels", "L3", "L5", *QUIET, *LORA)
+    options = ("--max_train_steps=2", "--levels", "L3", "L5", *QUIET, *LORA)
+    log = run(model, tmp_path / "cache", tmp_path / "out", *options)
     assert len(log) == 2 and all(math.isfinite(entry["flow"]) for entry in log)
     state = train.read_state(tmp_path / "out" / "checkpoint-2")
     assert state["config"]["levels"] == ["L3", "L5"]

@@ -49,7 +49,6 @@ def model_card(folder: Path) -> str:
         "RVEDiT tiny",
         APACHE,
         scores=json.loads((training / "scores.json").read_text()),
-        seed=summary["score_seed"],
         pipeline_argument="TINY_CHECKPOINT",
         parameters=f"{sum(sizes.values()):.1f}",
         parts=markdown_table(
@@ -69,7 +68,6 @@ def main() -> None:
     parser.add_argument("--mllm", type=Path, required=True, help="output folder of train_mllm.py")
     parser.add_argument("--editor", type=Path, required=True, help="output folder of train.py")
     parser.add_argument("--scores", type=Path, required=True, help="results.json of evaluate.py")
-    parser.add_argument("--seed", type=int, default=0, help="that evaluate.py was run with")
     parser.add_argument("--note", default="", help="a paragraph for the card on how this training went")
     parser.add_argument("--output", type=Path, default=Path(TINY_CHECKPOINT))
     args = parser.parse_args()
@@ -89,7 +87,6 @@ def main() -> None:
     state = read_state(checkpoints(args.editor)[-1])
     summary = {
         "editor": {"step": state["step"], "minutes": round(state["seconds"] / 60)},
-        "score_seed": args.seed,
         "note": args.note,
     }
     (temporary / "training" / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
