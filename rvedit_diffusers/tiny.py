@@ -279,6 +279,34 @@ def build_text_tokenizer(corpus: Iterable[str] = CORPUS, model_max_length: int =
     return T5Tokenizer(vocab=vocab, extra_ids=0, model_max_length=model_max_length)
 
 
+@torch.no_grad()
+def take_over_embeddings(
+    model: PreTrainedModel,
+    vocabulary: dict[str, int],
+    weights: dict[str, torch.Tensor],
+    other_vocabulary: dict[str, int],
+) -> None:
+    """Load the weights of a model of the same configuration but another vocabulary: embeddings go by the words.
+
+    Args:
+        model (`PreTrainedModel`): Gets the weights. Words that the other vocabulary lacks keep their embeddings.
+        vocabulary (`dict[str, int]`): Rows by word, as `tokenizer.get_vocab()` gives them.
+        weights (`dict[str, torch.Tensor]`): The other model's state dict.
+        other_vocabulary (`dict[str, int]`): The other tokenizer's.
+
+    Raises:
+        KeyError, RuntimeError: The other model has another configuration.
+    """
+    known = [(row, other_vocabulary[word]) for word, row in vocabulary.items() if word in other_vocabulary]
+    rows, other_rows = torch.tensor(known).unbind(1)
+    embedding_shape = model.get_input_embeddings().weight.shape
+    for name, weight in model.state_dict().items():
+        if weight.shape == embedding_shape:
+            weight[rows] = weights[name][other_rows].to(weight)
+        else:
+            weight.copy_(weights[name])
+
+
 def _check_family(family: str) -> None:
     if family not in FAMILIES:
         raise ValueError(f"`family` must be one of {FAMILIES}, got {family!r}.")

@@ -1,4 +1,4 @@
-"""Put the embedded checkpoint's parts together: trained VAE and MLLM, untrained editor.
+"""Put the embedded checkpoint's parts together: trained VAE and MLLM, and an editor that is untrained or another's.
 
 python examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
 """
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from transformers import Qwen2_5_VLForConditionalGeneration, UMT5Config, UMT5EncoderModel
+from transformers import Qwen2_5_VLForConditionalGeneration, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
-from rvedit_diffusers.synthetic import SyntheticEdits
-from rvedit_diffusers.tiny import build_text_tokenizer
+from rvedit_diffusers.synthetic.wording import clauses
+from rvedit_diffusers.tiny import build_text_tokenizer, take_over_embeddings
 
 
 TEXT_WIDTH = 96
@@ -22,6 +22,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of train_vae.py's VAE")
     parser.add_argument("--mllm", type=Path, required=True, help="output folder of train_mllm.py")
+    parser.add_argument("--start", type=Path, help="folder of a pipeline whose editor to begin with")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -29,8 +30,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.vae)
     distiller = RVEDiTTokenDistiller.from_pretrained(args.mllm / "distiller")
-    edits = SyntheticEdits(args.seed + 10)
-    tokenizer = build_text_tokenizer([edits[index].instruction for index in range(2000)], model_max_length=24)
+    tokenizer = build_text_tokenizer(clauses(), model_max_length=40)  # three operations take 31
     text_encoder = UMT5EncoderModel(
         UMT5Config(
             vocab_size=len(tokenizer),
@@ -58,6 +58,14 @@ def main() -> None:
     )
     # the velocity starts at zero
     torch.nn.init.zeros_(transformer.proj_out.weight)
+    if args.start is not None:
+        transformer = RVEDiTTransformer3DModel.from_pretrained(args.start / "transformer", torch_dtype=torch.float32)
+        connected = RVEDiTTokenDistiller.from_pretrained(args.start / "distiller", torch_dtype=torch.float32)
+        connected.queries = distiller.queries
+        distiller = connected
+        weights = UMT5EncoderModel.from_pretrained(args.start / "text_encoder").state_dict()
+        vocabulary = T5Tokenizer.from_pretrained(args.start / "tokenizer").get_vocab()
+        take_over_embeddings(text_encoder, tokenizer.get_vocab(), weights, vocabulary)
     pipe = RVEDiTPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,

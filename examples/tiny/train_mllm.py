@@ -19,14 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedModel, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from rvedit_diffusers import RVEDiTProcessor, RVEDiTTokenDistiller
 from rvedit_diffusers.synthetic import COLOURS, GRADES, SHAPES, BenchmarkItem, BenchmarkItems, Scene
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, PLACES, RESIZES, VALUES, Operation
 from rvedit_diffusers.synthetic.scenes import SIZES, STYLES, coverage
 from rvedit_diffusers.synthetic.wording import clauses
-from rvedit_diffusers.tiny import save_tiny_mllm
+from rvedit_diffusers.tiny import save_tiny_mllm, take_over_embeddings
 from rvedit_diffusers.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -275,20 +275,6 @@ def evaluate(mllm, distiller, heads, processor, items: BenchmarkItems, num_clips
     return {"mask_iou": overlap / union} | {name: float(np.mean(hits)) for name, hits in right.items() if hits}
 
 
-def take_over(mllm: PreTrainedModel, tokenizer: Qwen2Tokenizer, distiller: RVEDiTTokenDistiller, start: Path) -> None:
-    """Begin with the weights of a pipeline's MLLM and queries; its word embeddings go by the words."""
-    weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(start / "mllm").state_dict()
-    vocabulary = RVEDiTProcessor.from_pretrained(start / "processor").tokenizer.get_vocab()
-    known = [(row, vocabulary[word]) for word, row in tokenizer.get_vocab().items() if word in vocabulary]
-    ours, theirs = torch.tensor(known).unbind(1)
-    for name, weight in mllm.state_dict().items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            weight[ours] = weights[name][theirs].to(weight)
-        else:
-            weight.copy_(weights[name])
-    distiller.queries.data.copy_(RVEDiTTokenDistiller.from_pretrained(start / "distiller").queries)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for model, processor, queries and log")
@@ -313,7 +299,11 @@ def main() -> None:
         mllm_hidden_size=MLLM_CONFIG["hidden_size"], dim=TOKEN_WIDTH, num_edit_tokens=processor.num_edit_tokens
     )
     if args.start is not None:
-        take_over(mllm, processor.tokenizer, distiller, args.start)
+        weights = Qwen2_5_VLForConditionalGeneration.from_pretrained(args.start / "mllm").state_dict()
+        vocabulary = RVEDiTProcessor.from_pretrained(args.start / "processor").tokenizer.get_vocab()
+        take_over_embeddings(mllm, processor.tokenizer.get_vocab(), weights, vocabulary)
+        queries = RVEDiTTokenDistiller.from_pretrained(args.start / "distiller").queries
+        distiller.queries.data.copy_(queries)
     heads = AnswerHeads(MLLM_CONFIG["hidden_size"], processor.num_edit_tokens)
     mllm.train().set_attn_implementation("eager")  # at this size the fused kernels' backward pass is the slower one
 

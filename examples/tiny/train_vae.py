@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
-from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_PHOTOS, SyntheticEdits
+from rvedit_diffusers.synthetic import TRAIN_LEVELS, BenchmarkItems
 from rvedit_diffusers.training.checkpoint import (
     checkpoints,
     load_checkpoint,
@@ -23,7 +23,8 @@ from rvedit_diffusers.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from rvedit_diffusers.training.optimizers import warmup_cosine
+from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
+from rvedit_diffusers.training.options import default_precision
 
 
 LATENT_CHANNELS = 32
@@ -45,12 +46,19 @@ VAE_CONFIG = {
 }
 
 
-def clip_batch(edits: SyntheticEdits, start: int, size: int) -> torch.Tensor:
-    clips = []
-    for index in range(start, start + size):
-        edit = edits[index]
-        clips.append(edit.target_frames if index % 2 else edit.source_frames)
-    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0  # (batch, 3, frames, h, w)
+class Batches(torch.utils.data.Dataset):
+    """Batch number `index`: sources and true edits of items in turns, `(batch, 3, frames, height, width)` in [-1, 1],
+    and where the two differ, `(batch, 1, frames, height, width)` bool."""
+
+    def __init__(self, items: BenchmarkItems, batch_size: int):
+        self.items, self.batch_size = items, batch_size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first = index * self.batch_size // 2
+        chosen = [self.items[first + number] for number in range(self.batch_size // 2)]
+        clips = np.stack([clip for item in chosen for clip in (item.source_frames, item.target_frames)])
+        edited = torch.from_numpy(np.stack([item.mask for item in chosen])).repeat_interleave(2, 0)
+        return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0, edited.unsqueeze(1)
 
 
 @torch.no_grad()
@@ -63,8 +71,9 @@ def psnr(vae: AutoencoderKLWan, clips: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def set_latent_statistics(vae: AutoencoderKLWan, edits: SyntheticEdits, num_clips: int) -> None:
-    latents = torch.cat([vae.encode(clip_batch(edits, i, 8)).latent_dist.mode() for i in range(0, num_clips, 8)])
+def set_latent_statistics(vae: AutoencoderKLWan, batches: Batches, count: int) -> None:
+    clips = (batches[index][0].to(vae.device) for index in range(count))
+    latents = torch.cat([vae.encode(batch).latent_dist.mode() for batch in clips])
     vae.register_to_config(
         latents_mean=latents.mean(dim=(0, 2, 3, 4)).tolist(), latents_std=latents.std(dim=(0, 2, 3, 4)).tolist()
     )
@@ -73,25 +82,32 @@ def set_latent_statistics(vae: AutoencoderKLWan, edits: SyntheticEdits, num_clip
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, its log and its checkpoint")
+    parser.add_argument("--start", type=Path, help="folder of a VAE to begin with")
     parser.add_argument("--steps", type=int, default=15000)
     parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--num_frames", type=int, default=17)
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--kl_weight", type=float, default=3e-5)
+    parser.add_argument("--edit_weight", type=float, default=2.0, help="extra weight of pixels that an edit changes")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that render clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=200)
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae = AutoencoderKLWan.from_config(VAE_CONFIG).to(device)
-    # a posterior of unit variance would drown the first gradients in noise: start nearly deterministic
-    torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -6.0)
+    if args.start is not None:
+        vae = AutoencoderKLWan.from_pretrained(args.start, torch_dtype=torch.float32).to(device)
+    else:
+        vae = AutoencoderKLWan.from_config(VAE_CONFIG).to(device)
+        # a posterior of unit variance would drown the first gradients in noise: start nearly deterministic
+        torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -6.0)
     learned = torch.nn.ModuleDict({"vae": vae})
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    edits = SyntheticEdits(args.seed, num_frames=args.num_frames, photos=TRAIN_PHOTOS)
-    unseen = clip_batch(SyntheticEdits(1_000_000, num_frames=17, photos=TEST_PHOTOS), 0, 16).to(device)
+    kernels = block_matrices(vae, kinds=(torch.nn.Conv2d, torch.nn.Conv3d))
+    optimizer = MuonAdamW(kernels, vae.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    batches = Batches(BenchmarkItems(TRAIN_LEVELS, args.seed, "train", args.num_frames), args.batch_size)
+    unseen = Batches(BenchmarkItems(TRAIN_LEVELS, 1_000_000), 16)[0][0].to(device)
 
     step, spent = 0, 0.0
     if checkpoints(args.output):
@@ -104,15 +120,22 @@ def main() -> None:
 
     bar = tqdm(total=None if args.minutes else args.steps, initial=step, unit="step")
     log = open_log(args.output / "log.jsonl", step)
+    loader = torch.utils.data.DataLoader(
+        batches, batch_size=None, sampler=range(step, 10_000_000), num_workers=args.num_workers
+    )
+    loaded = iter(loader)
     while progress() < 1.0:
         rate = args.learning_rate * warmup_cosine(step, 100, progress())
         for group in optimizer.param_groups:
             group["lr"] = rate
-        clips = clip_batch(edits, step * args.batch_size, args.batch_size).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        clips, edited = (part.to(device) for part in next(loaded))
+        weight = 1 + args.edit_weight * edited
+        weight = weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)
+        with torch.autocast(device, torch.bfloat16, enabled=default_precision() == "bf16"):
             posterior = vae.encode(clips).latent_dist
             rebuilt = vae.decode(posterior.sample()).sample.float()
-        l1, mse = F.l1_loss(rebuilt, clips), F.mse_loss(rebuilt, clips)
+        error = rebuilt - clips
+        l1, mse = (error.abs() * weight).mean(), (error.square() * weight).mean()
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = l1 + mse + args.kl_weight * kl
         loss.backward()
@@ -125,7 +148,7 @@ def main() -> None:
             entry = {
                 "step": step,
                 "l1": l1.item(),
-                "psnr": -10 * math.log10(mse.item() / 4),
+                "psnr": -10 * math.log10(F.mse_loss(rebuilt, clips).item() / 4),
                 "kl": kl.item(),
                 "lr": rate,
             }
@@ -141,7 +164,7 @@ def main() -> None:
             log.flush()
 
     vae.eval()
-    set_latent_statistics(vae, SyntheticEdits(args.seed + 1, num_frames=17), 128)
+    set_latent_statistics(vae, Batches(BenchmarkItems(TRAIN_LEVELS, args.seed + 1, "train"), 8), 16)
     final = psnr(vae, unseen)
     log.write(json.dumps({"step": step, "psnr_unseen_photos": final, "seconds": time.monotonic() - started}) + "\n")
     vae.save_pretrained(args.output / "vae")

@@ -25,36 +25,56 @@ def warmup_cosine(step: int, warmup_steps: int, progress: float) -> float:
     return min(1.0, (step + 1) / max(warmup_steps, 1)) * (0.02 + 0.98 * (1 + math.cos(math.pi * progress)) / 2)
 
 
-def block_matrices(*modules: nn.Module) -> list[nn.Parameter]:
-    """The weights of all trainable linear layers inside `modules`, each once: what Muon is made for."""
-    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
+def block_matrices(*modules: nn.Module, kinds: tuple[type, ...] = (nn.Linear,)) -> list[nn.Parameter]:
+    """The weights of all trainable layers of some kinds inside `modules`, each once: what Muon is made for."""
+    layers = (layer for module in modules for layer in module.modules() if isinstance(layer, kinds))
     return list(dict.fromkeys(layer.weight for layer in layers if layer.weight.requires_grad))
 
 
-def orthogonalized(matrices: torch.Tensor, coefficients: tuple[float, float, float], steps: int) -> torch.Tensor:
-    """Bring the singular values of matrices near 1 by Newton-Schulz iterations of degree 5, as Muon does.
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """Bring the singular values of matrices near 1 by five Newton-Schulz iterations, as Muon does.
+
+    The coefficients are those of [Keller Jordan's Muon](https://kellerjordan.github.io/posts/muon/).
 
     Args:
         matrices (`torch.Tensor` of shape `(matrices, rows, columns)`): Any float dtype, in which it is computed.
-        coefficients (`tuple[float, float, float]`): Of the powers 1, 3 and 5.
-        steps (`int`): Iterations.
 
     Returns:
         `torch.Tensor` of the shape and dtype of `matrices`.
     """
-    linear, cubic, quintic = coefficients
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=cubic, alpha=quintic), x, beta=linear)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.mT if is_tall else x
 
 
-class Muon(torch.optim.Muon):
-    """`torch.optim.Muon`, which takes matrices one by one in bfloat16; here those of one shape are orthogonalised
-    together, and in float32 on CPUs that do not compute in bfloat16."""
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, and for kernels of convolutions as matrices of a row for each output channel.
+
+    `torch.optim.Muon` takes matrices alone, one by one, and in bfloat16; here those of one shape are orthogonalised
+    together, and in float32 on CPUs that do not compute in bfloat16.
+
+    Args:
+        params (`Iterable[nn.Parameter]`): Of two dimensions or more.
+        lr (`float`): Scaled to the size of AdamW's update: eq. 4 of [Muon is Scalable for LLM
+            Training](https://arxiv.org/abs/2502.16982).
+        weight_decay (`float`): Decoupled.
+        momentum (`float`, defaults to 0.95): Nesterov's.
+
+    Raises:
+        ValueError: A parameter has less than two dimensions.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.ndim < 2:
+                raise ValueError(
+                    f"`params` have to have two dimensions or more, but one has shape {tuple(parameter.shape)}"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -63,40 +83,37 @@ class Muon(torch.optim.Muon):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            parameters, gradients, momenta = [], [], []
-            self._init_group(group, parameters, gradients, momenta)
-            shapes: dict[torch.Size, list[int]] = {}
-            for number, (parameter, gradient, momentum) in enumerate(zip(parameters, gradients, momenta, strict=True)):
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                shapes.setdefault(parameter.shape, []).append(number)
-            for shape, numbers in shapes.items():
-                updates = torch.stack([gradients[n].lerp(momenta[n], group["momentum"]) for n in numbers])
+            shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    momentum = self.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.grad))
+                    momentum.lerp_(parameter.grad, 1 - group["momentum"])
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    shapes.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+            for shape, parameters in shapes.items():
+                updates = [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in parameters]
+                updates = torch.stack([update.flatten(1) for update in updates])
                 dtype = torch.bfloat16 if computes_in_bfloat16(updates.device) else torch.float32
-                updates = orthogonalized(updates.to(dtype), group["ns_coefficients"], group["ns_steps"])
-                # the size of AdamW's update: eq. 4 of arXiv 2502.16982
                 rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-                for number, update in zip(numbers, updates, strict=True):
-                    parameters[number].add_(update, alpha=-rate)
+                for parameter, update in zip(parameters, orthogonalized(updates.to(dtype)), strict=True):
+                    parameter.add_(update.view(parameter.shape), alpha=-rate)
         return loss
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """[`Muon`] and `torch.optim.AdamW` side by side, with one learning rate that suits both.
 
-    Muon's update is scaled to the size of AdamW's, as in [Muon is Scalable for LLM
-    Training](https://arxiv.org/abs/2502.16982), so that rates and schedules carry over. Without matrices, or without
-    others, it is the one optimizer alone.
+    Rates and schedules of AdamW carry over. Without matrices, or without others, it is the one optimizer alone.
 
     Args:
-        matrices (`Iterable[nn.Parameter]`): Two-dimensional parameters for Muon; see [`block_matrices`].
+        matrices (`Iterable[nn.Parameter]`): Parameters for Muon; see [`block_matrices`].
         others (`Iterable[nn.Parameter]`): Parameters for AdamW. Those that are in `matrices` too are left out.
         lr (`float`): Of both; `param_groups` has one group for each that has parameters.
         betas (`tuple[float, float]`): Of AdamW.
         weight_decay (`float`): Of both.
 
     Raises:
-        ValueError: A parameter in `matrices` has not two dimensions, or there is no parameter at all.
+        ValueError: A parameter in `matrices` has less than two dimensions, or there is no parameter at all.
     """
 
     def __init__(
