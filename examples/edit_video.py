@@ -94,6 +94,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--height", type=count, help="height to edit at, in pixels; the result has the source's size")
     parser.add_argument("--width", type=count, help="width to edit at, likewise")
+    parser.add_argument(
+        "--keep_detail",
+        action=argparse.BooleanOptionalAction,
+        help="the clip itself with the change that the edit makes, in place of the edited copy; default: where the"
+        " model scales the clip down",
+    )
     parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
     parser.add_argument(
@@ -193,6 +199,7 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
             generator=torch.Generator("cpu").manual_seed(args.seed),
             output_type="pt",
             fps=fps,
+            keep_detail=args.keep_detail,
         )
         result = resize_frames(output.frames[0].float(), frames.shape[1:3]).clamp(0, 1)
         return result.permute(0, 2, 3, 1).cpu().numpy()  # (frames, height, width, 3)

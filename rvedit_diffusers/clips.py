@@ -34,6 +34,59 @@ def resize_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(frames, size=size, mode="bicubic", antialias=True).clamp_(-1.0, 1.0)
 
 
+def transfer_edit(
+    edited: torch.Tensor, rebuilt: torch.Tensor, source: torch.Tensor, radius: int = 4, eps: float = 1e-3
+) -> torch.Tensor:
+    """
+    Apply an edit that was made on a small or blurred copy of a clip to the clip itself, whose detail it keeps.
+
+    The change from `rebuilt` to `edited` is written as an affine function of the colour for the whole frame, as a
+    grade is one; then what that leaves as one for the surroundings of each pixel (the fast guided filter, He and Sun,
+    arXiv 1505.00996, of the change, with colours as the guide); and what is left then. The functions are applied to
+    the colours of `source`, the rest is added as it is. Where nothing was changed, the result is exactly the source.
+
+    Args:
+        edited (`torch.Tensor` of shape `(frames, 3, height, width)`): The edited copy, float32 in [-1, 1].
+        rebuilt (`torch.Tensor` of the same shape): The copy as it is without an edit, after all that blurs `edited`.
+        source (`torch.Tensor` of shape `(frames, 3, source_height, source_width)`): The clip, float32 in [-1, 1].
+        radius (`int`, defaults to 4): Of the windows, in pixels of the copy.
+        eps (`float`, defaults to 1e-3): A window whose colours have less than this variance counts as flat.
+
+    Returns:
+        `torch.Tensor` of the shape of `source`, float32 in [-1, 1].
+    """
+
+    size = source.shape[2:]
+
+    def everywhere(values: torch.Tensor) -> torch.Tensor:
+        return values.mean(dim=(2, 3), keepdim=True)
+
+    def around(values: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False)
+
+    def apply(slope: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
+        return (slope.unflatten(1, (3, 3)) * guide.unsqueeze(2)).sum(1)
+
+    result, rest = source, edited - rebuilt
+    for mean in (everywhere, around):
+        # 1. Least squares of the change over the colours in each window, (frames, height, width, 3, 3)
+        both = torch.cat([rebuilt, rest], dim=1)  # (frames, 6, height, width)
+        products = mean((rebuilt.unsqueeze(2) * both.unsqueeze(1)).flatten(1, 2))
+        products = products - (mean(rebuilt).unsqueeze(2) * mean(both).unsqueeze(1)).flatten(1, 2)
+        variance, covariance = products.unflatten(1, (3, 6)).permute(0, 3, 4, 1, 2).split(3, dim=-1)
+        slope = torch.linalg.solve(variance + eps * torch.eye(3, device=edited.device), covariance)
+        slope = slope.flatten(-2).permute(0, 3, 1, 2)  # (frames, 9, height, width)
+        offset = mean(rest) - apply(slope, mean(rebuilt))
+
+        # 2. A pixel gets the mean of the functions of all windows that it is in
+        slope, offset = mean(slope), mean(offset)
+        rest = rest - apply(slope, rebuilt) - offset
+        if mean is around:
+            slope, offset = (F.interpolate(values, size=size, mode="bilinear") for values in (slope, offset))
+        result = result + apply(slope, source) + offset
+    return (result + F.interpolate(rest, size=size, mode="bicubic")).clamp_(-1.0, 1.0)
+
+
 def load_clips(
     video, num_frames: int | None = None, max_frames: int | None = None, fps: float | list[float] | None = None
 ) -> tuple[list[torch.Tensor], list[float | None]]:

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import get_module_execution_device, randn_tenso
 from diffusers.video_processor import VideoProcessor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from .clips import is_count, load_clips, resize_frames
+from .clips import is_count, load_clips, resize_frames, transfer_edit
 from .distiller_rvedit import RVEDiTTokenDistiller
 from .files import forget_names
 from .hub import CODE, Repository, open_repository, upload, write_card, write_code
@@ -512,6 +512,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         callback_on_step_end_tensor_inputs,
         attention_kwargs,
         max_sequence_length,
+        keep_detail=None,
     ):
         """Check everything but the clips; the arguments are those of the call, defaults filled in, `embeds` all its
         embeddings by name.
@@ -572,6 +573,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             raise TypeError(f"`attention_kwargs` has to be a dict, got {type(attention_kwargs).__name__}.")
         if attention_kwargs and set(attention_kwargs) != {"scale"}:
             raise ValueError(f"`attention_kwargs` knows only the key 'scale', got {sorted(attention_kwargs)}.")
+
+        if keep_detail not in (None, True, False):
+            raise ValueError(f"`keep_detail` has to be True, False or None, got {keep_detail!r}.")
+        if keep_detail and not self.transformer.config.source_channels:
+            raise ValueError("`keep_detail` cannot be True: this transformer does not read the source's latents.")
 
         # 3. Texts
         for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
@@ -790,9 +796,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         video = torch.empty(shape, dtype=self.vae.dtype, device=device)
         for row, clip in zip(video, clips):
             for start in range(0, num_frames, FRAMES_AT_ONCE):
-                frames = clip[start : start + FRAMES_AT_ONCE].to(device)
-                frames = frames.float() / 127.5 - 1.0 if frames.dtype == torch.uint8 else frames * 2.0 - 1.0
-                row[:, start : start + len(frames)] = resize_frames(frames, size).transpose(0, 1)
+                frames = resize_frames(_frames(clip, start, device), size)
+                row[:, start : start + len(frames)] = frames.transpose(0, 1)
             row[:, num_frames:] = row[:, num_frames - 1 : num_frames]
         return video
 
@@ -804,6 +809,26 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 frames = clip[:, start : start + FRAMES_AT_ONCE].transpose(0, 1).float()
                 row[:, start : start + len(frames)] = resize_frames(frames, size).transpose(0, 1)
         return resized
+
+    def _transfer_edits(
+        self, video: torch.Tensor, rebuilt: torch.Tensor, clips: list[torch.Tensor], size: tuple[int, int]
+    ) -> torch.Tensor:
+        # The edits in `video`, of copies that are `rebuilt` without them, on the clips: float32 of height and width
+        result = video.new_empty((*video.shape[:3], *size), dtype=torch.float32)
+        for index, (row, edited) in enumerate(zip(result, video)):
+            number = index * len(clips) // len(video)
+            for start in range(0, edited.shape[1], FRAMES_AT_ONCE):
+                source = resize_frames(_frames(clips[number], start, video.device), size)
+                rows = slice(start, start + len(source))
+                pair = (copy[:, rows].transpose(0, 1).float() for copy in (edited, rebuilt[number]))
+                row[:, rows] = transfer_edit(*pair, source).transpose(0, 1)
+        return result
+
+    def _decode(self, latents: torch.Tensor, num_frames: int) -> torch.Tensor:
+        # Normalised latents to (batch, 3, num_frames, height, width)
+        mean, std = self._latents_statistics(latents.device)
+        latents = (latents * std + mean).to(get_module_execution_device(self.vae), self.vae.dtype)
+        return self.vae.decode(latents, return_dict=False)[0][:, :, :num_frames]
 
     def _latents_statistics(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         statistics = (self.vae.config.latents_mean, self.vae.config.latents_std)
@@ -876,6 +901,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 512,
         fps: float | list[float] | None = None,
+        keep_detail: bool | None = None,
     ) -> RVEDiTPipelineOutput | tuple:
         r"""
         Edit one clip or a batch of clips.
@@ -962,6 +988,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             fps (`float` or `list[float]`, *optional*):
                 Frames per second of the clips, from which the MLLM gets its time stamps. By default that of the file
                 or [`Video`], and for images, arrays and tensors the processor's `default_fps`.
+            keep_detail (`bool`, *optional*):
+                Whether the result is the clip itself with the change that the edit makes to its autoencoded copy, see
+                [`~rvedit_diffusers.clips.transfer_edit`]: what the edit leaves alone keeps the detail that scaling and
+                the autoencoder take away. That costs a second decoding. Otherwise the result is the edited copy. By
+                default, only a clip that was scaled down to be edited, and comes back at its own size, is kept so.
 
         Examples:
 
@@ -1008,6 +1039,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
             max_sequence_length,
+            keep_detail,
         )
         generator = list(generator) if isinstance(generator, tuple) else generator
         clips, rates = load_clips(video, num_frames, self._max_frames(), fps)
@@ -1097,17 +1129,22 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
         # 7. Prepare latents
         source_video = None
+        edit_size = self._legal_size(source_height, source_width, height, width)
+        size = (source_height, source_width) if height is None and width is None else edit_size
+        if keep_detail is None and self.transformer.config.source_channels:
+            keep_detail = size != edit_size and math.prod(size) > (self.config.default_max_area or math.inf)
         if self.transformer.config.source_channels:
-            size = self._legal_size(source_height, source_width, height, width)
-            source_video = self._prepare_video(clips, size, device)
+            source_video = self._prepare_video(clips, edit_size, device)
         latents, source_latents = self.prepare_latents(
             source_video, latents_shape, torch.float32, device, generator, latents
         )
+        copy_latents = source_latents if keep_detail and output_type != "latent" else None
         if source_latents is not None:
             source_latents = _repeat(source_latents.to(dtype), num_outputs)
         # Equals `None`, the source being embedded without bias, but needs no second graph of a compiled transformer.
         no_source = torch.zeros_like(source_latents) if self.do_source_guidance else None
-        del clips, source_video
+        clips = clips if copy_latents is not None else None
+        del source_video
 
         # 8. Denoising loop
         self._num_timesteps = len(timesteps)
@@ -1201,12 +1238,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if output_type == "latent":
             video = latents
         else:
-            mean, std = self._latents_statistics(latents.device)
-            latents = (latents * std + mean).to(get_module_execution_device(self.vae), self.vae.dtype)
-            video = self.vae.decode(latents, return_dict=False)[0]  # (batch, 3, frames, height, width)
-            video = video[:, :, :num_frames]
-            size = (source_height, source_width) if height is None and width is None else tuple(video.shape[3:])
-            video = self._resize_video(video, size)
+            video = self._decode(latents, num_frames)
+            if copy_latents is None:
+                video = self._resize_video(video, size)
+            else:
+                video = self._transfer_edits(video, self._decode(copy_latents, num_frames), clips, size)
             video = self.video_processor.postprocess_video(video, output_type=output_type)
 
         # Offload all models
@@ -1216,6 +1252,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             return (video,)
 
         return RVEDiTPipelineOutput(frames=video)
+
+
+def _frames(clip: torch.Tensor, start: int, device: torch.device) -> torch.Tensor:
+    # Some frames of a clip as `load_clips` returns it, float32 in [-1, 1]
+    frames = clip[start : start + FRAMES_AT_ONCE].to(device)
+    return frames.float() / 127.5 - 1.0 if frames.dtype == torch.uint8 else frames * 2.0 - 1.0
 
 
 def _check_format(safe_serialization: bool) -> None:

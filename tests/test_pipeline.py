@@ -16,6 +16,7 @@ from diffusers.hooks.group_offloading import ModuleGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTPipelineOutput, read_video, write_video
+from rvedit_diffusers.clips import transfer_edit
 
 
 PROMPT = "make the red ball blue"
@@ -208,6 +209,28 @@ def test_larger_clips_are_edited_at_the_default_area(pipe):
     assert edit(pipe, large).shape[-2:] == (64, 96)
     assert edit(pipe, small, output_type="latent").shape[-2:] == (4, 2)  # not enlarged
     assert edit(pipe, large, height=64, width=96, output_type="latent").shape[-2:] == (8, 12)
+
+
+def test_a_clip_that_was_scaled_down_keeps_its_detail(pipe):
+    pipe.register_to_config(default_max_area=32 * 32)
+    clips = np.stack([make_clip(3, 64, 96, seed=seed) for seed in (0, 1)])
+    kept, plain = (edit(pipe, clips, keep_detail=keep, num_videos_per_prompt=2) for keep in (None, False))
+    small = edit(pipe, clips, output_type="latent", num_videos_per_prompt=2)
+    sources = [torch.from_numpy(frames).permute(0, 3, 1, 2) for frames in clips]
+    size = pipe._legal_size(64, 96, None, None)
+    copies = pipe.encode_video(pipe._prepare_video(sources, size, "cpu"))
+    for index in range(4):
+        latents = (small[index], copies[index // 2])
+        edited, rebuilt = (pipe._decode(each[None], 3)[0].transpose(0, 1) for each in latents)
+        wanted = transfer_edit(edited, rebuilt, sources[index // 2] / 127.5 - 1.0) / 2 + 0.5
+        torch.testing.assert_close(kept[index], wanted, rtol=0, atol=1e-4)
+        assert (kept[index] - plain[index]).abs().max() > 0.1
+
+
+def test_detail_can_be_kept_at_any_size(shared_pipe, clip):
+    usual, plain, kept = (edit(shared_pipe, clip, keep_detail=keep) for keep in (None, False, True))
+    assert torch.equal(usual, plain) and not torch.equal(usual, kept)
+    assert edit(shared_pipe, clip, keep_detail=True, height=16, width=48).shape[-2:] == (16, 48)
 
 
 def test_source_is_shown_to_the_transformer_in_normalised_latents(shared_pipe, clip):

@@ -218,6 +218,7 @@ WRONG_CALLS = {
         ValueError,
         ["`negative_prompt`", "bad", "no use"],
     ),
+    "keep_detail of another type": ({"keep_detail": "yes"}, ValueError, ["`keep_detail`", "'yes'", "None"]),
     "unknown output_type": ({"output_type": "mp4"}, ValueError, ["`output_type`", "'mp4'", "'pil'"]),
     "callback that is none": ({"callback_on_step_end": 1}, TypeError, ["`callback_on_step_end`", "int"]),
     "unknown callback tensor": (
