@@ -40,7 +40,15 @@ from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
 from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, TRAIN_LEVELS, BenchmarkItems, SyntheticEdits
 from rvedit_diffusers.training.adapters import LORA_TARGETS, add_lora, offload_frozen_weights, store_in_fp8
-from rvedit_diffusers.training.branches import ALIGNMENT_LOSSES, ConnectingBranches, EditingBranches
+from rvedit_diffusers.training.branches import (
+    ALIGNMENT_LOSSES,
+    CONTRASTIVE_LOSSES,
+    NEGATIVES,
+    REFERENCE_TOKENS,
+    ConnectingBranches,
+    EditingBranches,
+    needs_next_sample,
+)
 from rvedit_diffusers.training.cache import CachedPairs, cached_null_text, fill_cache, fingerprint, text_length
 from rvedit_diffusers.training.checkpoint import (
     averaged,
@@ -78,15 +86,21 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_
 OF_STAGE_EDIT = (
     "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
     " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
-    " align_reference_latents align_every align_warmup_steps align_stop_step operations edits_per_scene levels"
+    " align_reference_latents align_reference_tokens align_negatives align_every align_warmup_steps align_stop_step"
+    " operations edits_per_scene levels"
 ).split()
+# What EditingBranches is told of it.
+ALIGNMENT = (
+    "align_blocks align_loss align_temperature align_reference_latents align_reference_tokens align_negatives".split()
+)
 # What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
-# and the weights, the content counts; of the batch size, that of all processes.
+# and the weights, the content counts; of the batch size, that of all processes, unless its samples meet each other.
 FREE_TO_CHANGE = set(
-    "config model output train_data validation_data data_root strict dry_run plot cache_dir encode_batch_size"
-    " num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile group_offload"
-    " resume_from_checkpoint allow_config_change checkpointing_steps checkpoints_total_limit logging_steps"
-    " validation_steps num_validation_edits report_to max_nonfinite push_to_hub hub_model_id hub_private_repo".split()
+    "config model output train_data validation_data data_root strict dry_run encode_only plot cache_dir"
+    " encode_batch_size num_workers train_batch_size gradient_accumulation_steps gradient_checkpointing compile"
+    " group_offload resume_from_checkpoint allow_config_change checkpointing_steps checkpoints_total_limit"
+    " logging_steps validation_steps num_validation_edits report_to max_nonfinite push_to_hub hub_model_id"
+    " hub_private_repo".split()
 )
 
 
@@ -121,10 +135,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--fps", type=Fraction, help="frames per second of all clips; default: the lower of a pair's")
     group.add_argument("--strict", action="store_true", help="end if a pair has to be dropped")
     group.add_argument("--dry_run", action="store_true", help="end after the scan of all files, with an estimate")
+    group.add_argument("--encode_only", action="store_true", help="end when all pairs are encoded")
     group.add_argument("--cache_dir", type=Path, help="folder for encoded pairs; default: OUTPUT/cache")
     group.add_argument("--encode_batch_size", type=int, default=1, help="pairs that are encoded together")
     group.add_argument("--num_workers", type=int, default=2, help="processes that read the cache")
     group.add_argument("--num_pairs", type=int, default=8192, help="pairs of `synthetic`")
+    group.add_argument(
+        "--data_seed", type=int, help="names the pairs of `synthetic` and those that are held out; default: --seed"
+    )
     operations = (*OPERATIONS, *NEW_OPERATIONS)
     group.add_argument(
         "--levels",
@@ -185,9 +203,22 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     group.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared in a clip")
     group.add_argument("--align_loss", choices=ALIGNMENT_LOSSES, default="infonce")
-    group.add_argument("--align_temperature", type=float, default=0.07, help="of infonce")
+    group.add_argument("--align_temperature", type=float, default=0.07, help="of infonce and contrast")
     group.add_argument(
         "--align_reference_latents", choices=("source", "reference"), default="source", help="of the reference branch"
+    )
+    group.add_argument(
+        "--align_reference_tokens",
+        choices=REFERENCE_TOKENS,
+        default="own",
+        help="shuffled, a control: the reference branch reads those of the next sample of the micro-batch",
+    )
+    group.add_argument(
+        "--align_negatives",
+        choices=NEGATIVES,
+        default="next",
+        help="whose reference tokens contrast tells the own from: the next sample's of the micro-batch, or, with"
+        " --levels, the twin's, which differs in one word",
     )
     group.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
     group.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
@@ -255,6 +286,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
                 parser.error(f"--levels and --{name} are two ways to say what `synthetic` shows: give one")
         if args.train_data != "synthetic":
             parser.error(f"--levels is for --train_data synthetic, but that is {args.train_data}")
+    check_alignment(parser, args)
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
     if args.group_offload and not args.gradient_checkpointing:
@@ -289,6 +321,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     args.learning_rate = args.learning_rate or (1e-5 if args.training_type == "full" else 1e-4)
     args.lora_alpha = args.lora_alpha or args.lora_rank
     args.cache_dir = args.cache_dir or args.output / "cache"
+    args.data_seed = args.seed if args.data_seed is None else args.data_seed
     args.mixed_precision = args.mixed_precision or default_precision()
     if args.resume_from_checkpoint is None:
         if checkpoints(args.output):
@@ -305,6 +338,31 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--resume_from_checkpoint: {error}")
 
 
+def check_alignment(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse alignments that have nothing to read."""
+    if args.align_loss == "contrast" and args.align_reference_tokens != "own":
+        parser.error("--align_loss contrast tells the own tokens from others: it needs --align_reference_tokens own")
+    if args.align_weight > 0 and args.train_batch_size < 2 and aligns_with_next(args):
+        parser.error(
+            f"--train_batch_size has to be at least 2, but is {args.train_batch_size}: --align_reference_tokens"
+            " shuffled and --align_loss contrast read the tokens of the micro-batch's next sample"
+        )
+    if args.align_negatives == "twin":
+        if args.align_loss != "contrast":
+            parser.error(f"--align_negatives twin is for --align_loss contrast, but that is {args.align_loss}")
+        if args.levels is None or args.validation_data is not None:
+            parser.error("--align_negatives twin is for --levels without --validation_data: other pairs have no twins")
+        if args.train_distiller == "all" or (args.train_distiller is None and args.training_type == "full"):
+            parser.error(
+                "--align_negatives twin reads tokens or states from the cache: it needs --train_distiller connectors"
+                " or none"
+            )
+
+
+def aligns_with_next(args: argparse.Namespace) -> bool:
+    return needs_next_sample(args.align_loss, args.align_reference_tokens, args.align_negatives)
+
+
 def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
     """The pairs that `data` names; prints what was kept, trimmed and dropped."""
     for bucket in args.buckets:
@@ -313,10 +371,10 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
         bucket = args.buckets[0]
         size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
         if args.levels is not None:
-            items = BenchmarkItems(args.levels, args.seed + 20, split="train", **size)
+            items = BenchmarkItems(args.levels, args.data_seed + 20, split="train", **size)
             return BenchmarkPairs(items, args.num_pairs, float(args.fps or fps))
         edits = SyntheticEdits(
-            args.seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
+            args.data_seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
         )
         return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps), captioned=args.stage == "connect")
     columns = (args.source_column, args.edited_column, args.instruction_column)
@@ -338,7 +396,7 @@ def split_pairs(args: argparse.Namespace, pairs: EditPairs, fps: float, pixels: 
     count = min(len(pairs) // 10, 16) if args.num_validation_pairs is None else args.num_validation_pairs
     if count >= len(pairs):
         raise ValueError(f"--num_validation_pairs has to leave pairs to train on, but is {count} of {len(pairs)}")
-    kept, held_out = pairs.hold_out(count, args.seed)
+    kept, held_out = pairs.hold_out(count, args.data_seed)
     print(f"{len(kept)} pairs to train on, {len(held_out)} to validate on")
     return [kept, held_out]
 
@@ -348,7 +406,8 @@ def describe_run(args: argparse.Namespace, batch_size: int, model_key: str, base
     record = ScanRecord(args.cache_dir / "files.jsonl")
     files = [record.sha256(path) for path in sorted((base / "transformer").glob("*.safetensors"))]
     keys = [pairs.key(index) for index in range(len(pairs))]
-    config = {name: value for name, value in vars(args).items() if name not in FREE_TO_CHANGE} | {
+    free = FREE_TO_CHANGE - {"train_batch_size"} if aligns_with_next(args) else FREE_TO_CHANGE
+    config = {name: value for name, value in vars(args).items() if name not in free} | {
         "buckets": [str(bucket) for bucket in args.buckets],
         "batch size of all processes": batch_size,
         "encoders (hash)": model_key,
@@ -476,7 +535,8 @@ def main(argv: list[str] | None = None) -> None:
                     parameter.data = parameter.data.to(half)
                 add_lora(skeleton, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
             if is_edit:
-                skeleton = EditingBranches(skeleton, align_blocks=args.align_blocks, align_loss=args.align_loss)
+                alignment = {name: getattr(args, name) for name in ALIGNMENT}
+                skeleton = EditingBranches(skeleton, **alignment)
             else:
                 config = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")
                 skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
@@ -518,6 +578,8 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.wait_for_everyone()
         with accelerator.main_process_first():
             null_text = cached_null_text(pipe, args.cache_dir, text, model_key, device)
+    if args.encode_only:
+        return
     pipe.remove_all_hooks()
     trained = ["distiller"] * (args.train_distiller != "none") + ["text_encoder"] * args.train_text_encoder
     for name in {"vae", "mllm", "distiller", "text_encoder"}.difference(trained, ["mllm"] * is_live):
@@ -553,10 +615,7 @@ def main(argv: list[str] | None = None) -> None:
             pipe.distiller,
             pipe.text_encoder,
             pipe.mllm,
-            args.align_blocks,
-            args.align_loss,
-            args.align_temperature,
-            args.align_reference_latents,
+            **alignment,
         )
     else:
         branches = ConnectingBranches(pipe.transformer, pipe.distiller, pipe.mllm)
@@ -604,8 +663,9 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Batches
     collate = MLLMCollator(pipe.processor) if is_live else torch.utils.data.default_collate
     live_pairs = (pairs, held_out) if is_live else (None, None)
-    samples = Samples(cached[0], draws, null_text, live_pairs[0])
-    fixed = [Samples(cached[1], FixedDraws(p), null_text, live_pairs[1]) for p in (None, draws)]
+    twins = [part.twin if args.align_negatives == "twin" else None for part in (pairs, held_out)]
+    samples = Samples(cached[0], draws, null_text, live_pairs[0], twins[0])
+    fixed = [Samples(cached[1], FixedDraws(p), null_text, live_pairs[1], twins[1]) for p in (None, draws)]
     sampler = BatchSampler([str(pairs.bucket(index)) for index in range(len(pairs))], global_batch_size, args.seed)
     batches = torch.utils.data.DataLoader(
         samples,
@@ -623,7 +683,8 @@ def main(argv: list[str] | None = None) -> None:
                 metrics = held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size)
                 # DeepSpeed makes a step of every backward pass
                 if args.align_weight > 0 and is_edit and engine is None:
-                    metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate)
+                    num_pairs = 2 if aligns_with_next(args) else 1
+                    metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate, num_pairs)
             if args.num_validation_edits:
                 pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)
                 shown = (held_out, cached[1]) if len(held_out) else (pairs, cached[0])
@@ -705,7 +766,9 @@ def main(argv: list[str] | None = None) -> None:
                 if align_loss is not None:
                     ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
                     loss = loss + args.align_weight * ramp * align_loss.mean()
-                num_candidates = 1 if align_loss is None else batch["align_positions"].shape[1]
+                num_candidates = 2
+                if args.align_loss == "infonce" and align_loss is not None:
+                    num_candidates = batch["align_positions"].shape[1]
                 meter.add(flow_loss, batch["sigmas"], align_loss, num_candidates)
             accelerator.backward(loss)
             if not accelerator.sync_gradients:
@@ -732,7 +795,7 @@ def main(argv: list[str] | None = None) -> None:
             save(args.output / f"checkpoint-{step}")
             fail(f"{nonfinite_in_a_row} steps in a row had no finite gradient; see {args.output}/checkpoint-{step}")
         if step % args.logging_steps == 0:
-            entry = meter.read(accelerator, args.align_loss == "infonce")
+            entry = meter.read(accelerator, args.align_loss in CONTRASTIVE_LOSSES)
             seconds = (time.monotonic() - ticks[0]) / (step - ticks[1])
             ticks = (time.monotonic(), step)
             entry |= {"gradient_norm": norm, "nonfinite": nonfinite, "lr": scheduler.get_last_lr()[0]}
@@ -767,6 +830,8 @@ def main(argv: list[str] | None = None) -> None:
         }
         if is_edit:
             facts["alignment"] = f"{args.align_loss}, weight {args.align_weight:g}, blocks {branches.align_blocks}"
+            if args.align_reference_tokens == "shuffled":
+                facts["alignment"] += ", with the reference tokens of other pairs: a control"
         else:
             facts["connected"] = f"blocks {branches.align_blocks}"
         losses = ("flow", "align", "connect", "validation_flow", "validation_flow_base")

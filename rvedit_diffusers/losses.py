@@ -167,15 +167,45 @@ def mutual_information_bound(loss: torch.Tensor, num_tokens: float) -> torch.Ten
     It cannot exceed `log(num_tokens)`, which is its ceiling whatever the true information is.
 
     Args:
-        loss (`torch.Tensor`): Of [`infonce_loss`], of any shape.
+        loss (`torch.Tensor`): Of [`infonce_loss`] or [`token_contrast_loss`], of any shape.
         num_tokens (`float`): Candidates of each token: the tokens of a clip if the loss was taken without `ignored`,
             else the `False` entries in a row of `ignored`, and their geometric mean where rows differ. All tokens
-            of the clip would overstate the bound then.
+            of the clip would overstate the bound then. Two of [`token_contrast_loss`].
 
     Returns:
         `torch.Tensor` of the shape of `loss`.
     """
     return math.log(num_tokens) - loss
+
+
+def token_contrast_loss(
+    queries: torch.Tensor, keys: torch.Tensor, wrong_keys: torch.Tensor, temperature: float = 0.07
+) -> torch.Tensor:
+    """Each token has to tell the reference feature at its own position from the one that other tokens give there.
+
+    InfoNCE with two candidates. Both come of the same noisy latents, noise level, source and position, so that unlike
+    in [`infonce_loss`] these tell nothing about which is right: only what the reference branch has read does. Where
+    that makes no difference the loss is log 2, and teaches nothing.
+
+    Args:
+        queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`): As in [`infonce_loss`].
+        wrong_keys (`torch.Tensor` of shape `(batch, tokens, dim)`): Projected features of the reference branch that
+            has read the tokens of another pair, at the same positions. The more the pairs have in common, the more is
+            to be learned: the tokens of another scene are told by the scene, those of a twin by the instruction.
+        temperature (`float`, defaults to `0.07`): Divides the cosine similarities.
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32, in nats. [`mutual_information_bound`] with two candidates, log 2
+        minus it, bounds from below what a token tells about which of the two is right: at most log 2, 0.69 nats.
+    """
+    for name, other in (("keys", keys), ("wrong_keys", wrong_keys)):
+        if other.shape != queries.shape:
+            raise ValueError(
+                f"`{name}` has to have the shape of `queries`, {tuple(queries.shape)}, but has {tuple(other.shape)}"
+            )
+    queries, keys, wrong_keys = (F.normalize(each.float(), dim=-1) for each in (queries, keys, wrong_keys))
+    margin = (queries * (keys - wrong_keys)).sum(-1) / temperature  # (batch, tokens)
+    return F.softplus(-margin).mean(dim=1)
 
 
 def cosine_alignment_loss(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from rvedit_diffusers.losses import (
     relational_alignment_loss,
     sample_sigmas,
     sample_token_positions,
+    token_contrast_loss,
 )
 
 
@@ -145,6 +146,58 @@ def test_infonce_is_float32_under_autocast():
         loss = infonce_loss(features(0).bfloat16(), features(1).bfloat16())
     exact = infonce_loss(features(0).bfloat16(), features(1).bfloat16())
     assert loss.dtype == torch.float32 and torch.equal(loss, exact)
+
+
+def test_contrast_by_hand():
+    queries = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]])
+    keys = torch.tensor([[[1.0, 0.0], [3.0, 4.0]]])  # cosines 1 and 0.8
+    wrong_keys = torch.tensor([[[0.0, 1.0], [0.0, 5.0]]])  # cosines 0 and 1
+    margins = (1.0 - 0.0) / 0.5, (0.8 - 1.0) / 0.5
+    expected = sum(math.log(1 + math.exp(-margin)) for margin in margins) / 2
+    torch.testing.assert_close(token_contrast_loss(queries, keys, wrong_keys, 0.5), torch.tensor([expected]))
+
+
+def test_contrast_is_infonce_with_two_candidates():
+    queries, keys, wrong_keys = (features(seed) for seed in range(3))
+    candidates = F.normalize(torch.stack([keys, wrong_keys], dim=2), dim=-1)  # (batch, tokens, 2, dim)
+    logits = torch.einsum("btd,btcd->bct", F.normalize(queries, dim=-1), candidates) / 0.1
+    expected = F.cross_entropy(logits, torch.zeros(2, 12, dtype=torch.int64), reduction="none").mean(1)
+    torch.testing.assert_close(token_contrast_loss(queries, keys, wrong_keys, 0.1), expected)
+
+
+def test_contrast_stays_at_log_2_and_teaches_nothing_where_the_tokens_do_not_matter():
+    queries, keys = features(0).requires_grad_(), features(1)
+    loss = token_contrast_loss(queries, keys, keys.clone())
+    torch.testing.assert_close(loss, torch.full((2,), math.log(2)))
+    torch.testing.assert_close(mutual_information_bound(loss, 2), torch.zeros(2), atol=1e-6, rtol=0)
+    loss.sum().backward()
+    assert not queries.grad.any()
+
+
+def test_contrast_bounds_the_information_by_log_2():
+    queries = features(0)
+    bound = mutual_information_bound(token_contrast_loss(queries, queries, -queries, 0.01), 2)
+    torch.testing.assert_close(bound, torch.full((2,), math.log(2)))
+
+
+def test_contrast_pulls_towards_the_right_key_and_away_from_the_wrong_one():
+    tensors = [features(seed, dim=2).requires_grad_() for seed in range(3)]
+    loss = token_contrast_loss(*tensors, temperature=0.5)
+    loss.sum().backward()
+    queries, keys, wrong_keys = (tensor.detach() for tensor in tensors)
+    moved = queries - 1e-3 * tensors[0].grad
+    before, after = (
+        [F.cosine_similarity(each, key, dim=-1) for key in (keys, wrong_keys)] for each in (queries, moved)
+    )
+    assert ((after[0] - after[1]) > (before[0] - before[1]) - 1e-7).all()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", ["keys", "wrong_keys"])
+def test_contrast_refuses_features_of_another_shape(name):
+    arguments = {"keys": features(1), "wrong_keys": features(2)} | {name: features(1, tokens=5)}
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        token_contrast_loss(features(0), **arguments)
 
 
 def test_infonce_refuses_features_of_another_shape():

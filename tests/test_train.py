@@ -437,13 +437,56 @@ def test_trains_with_other_optimizers(model, cache, tmp_path, optimizer):
     assert all(tensor.any() for name, tensor in layers.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("loss", ["infonce", "cosine", "relational"])
+@pytest.mark.parametrize("loss", ["infonce", "contrast", "cosine", "relational"])
 @pytest.mark.parametrize("latents", ["source", "reference"])
 def test_every_way_to_align_trains(model, cache, tmp_path, loss, latents):
     options = (f"--align_loss={loss}", f"--align_reference_latents={latents}", "--align_blocks", "0", "2")
     log = run(model, cache, tmp_path, "--max_train_steps=1", *options, *QUIET, *LORA)
     assert (log[0]["align"] > 0) == (loss != "relational")  # the relations are alike at first, up to the margin
-    assert ("information_nats" in log[0]) == (loss == "infonce")
+    assert ("information_nats" in log[0]) == (loss in ("infonce", "contrast"))
+
+
+def test_aligned_with_a_twin_or_with_another_pair_it_trains(model, tmp_path):
+    options = ("--max_train_steps=2", "--levels", "L2", "--num_validation_edits=0", "--validation_steps=2", *LORA)
+    losses = {
+        "next": ("--align_loss=contrast",),
+        "twin": ("--align_loss=contrast", "--align_negatives=twin"),
+        "shuffled": ("--align_reference_tokens=shuffled",),
+    }
+    logs = {
+        name: run(model, tmp_path / "cache", tmp_path / name, *options, "--report_to=none", *loss)
+        for name, loss in losses.items()
+    }
+    for log in logs.values():
+        assert len(log) == 2 and log[1]["gradient_norm_align"] > 0
+    for name in ("next", "twin"):
+        assert logs[name][0]["information_ceiling_nats"] == pytest.approx(math.log(2))
+        assert logs[name][0]["information_nats"] == pytest.approx(math.log(2) - logs[name][0]["align"], abs=1e-6)
+    assert logs["twin"][0]["align"] != logs["next"][0]["align"]
+    card = ModelCard.load(tmp_path / "shuffled" / "lora" / "README.md")
+    assert "with the reference tokens of other pairs: a control" in card.text
+
+
+def test_a_micro_batch_whose_samples_meet_keeps_its_size(model, cache, tmp_path, capsys):
+    options = ("--max_train_steps=1", "--align_reference_tokens=shuffled", *QUIET, *LORA)
+    run(model, cache, tmp_path, *options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = ("--train_batch_size=2", "--gradient_accumulation_steps=2", "--resume_from_checkpoint=latest")
+    with pytest.raises(SystemExit):
+        run(model, cache, tmp_path, *options, *again)
+    assert "train_batch_size: 4 -> 2" in capsys.readouterr().err
+
+
+def test_pairs_are_named_by_a_seed_of_their_own(model, tmp_path):
+    options = ("--encode_only", "--num_pairs=4", *LORA)
+    found = []
+    for seed, data_seed in ((0, 0), (1, 0), (1, None)):
+        data = () if data_seed is None else (f"--data_seed={data_seed}",)
+        train.main(arguments(model, tmp_path / "cache", tmp_path / "out", *options, f"--seed={seed}", *data))
+        found.append({path.name for path in (tmp_path / "cache").glob("*.safetensors")})
+    assert len(found[0]) == 4 + 2 + 1  # and the empty instruction
+    assert found[1] == found[0] and len(found[2]) == 2 * 6 + 1
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_alignment_runs_in_its_steps_alone(model, cache, tmp_path):
@@ -637,6 +680,15 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"training_type": "full", "layerwise_casting": true}', "--layerwise_casting"),
         ('{"group_offload": true}', "--gradient_checkpointing"),
         ('{"push_to_hub": true}', "--hub_model_id"),
+        ('{"align_loss": "contrast"}', "--train_batch_size"),
+        ('{"align_reference_tokens": "shuffled"}', "--train_batch_size"),
+        ('{"align_loss": "contrast", "align_reference_tokens": "shuffled"}', "--align_reference_tokens"),
+        ('{"align_negatives": "twin"}', "--align_loss contrast"),
+        ('{"align_negatives": "twin", "align_loss": "contrast"}', "--levels"),
+        (
+            '{"align_negatives": "twin", "align_loss": "contrast", "levels": ["L1"], "training_type": "full"}',
+            "--train_distiller connectors",
+        ),
         ('{"stage": "connect", "lora_rank": 8, "align_loss": "cosine"}', "--lora_rank, --align_loss"),
         ('{"stage": "connect", "training_type": "full"}', "--training_type"),
         ('{"stage": "connect", "columns": "kiwi-edit"}', "--columns kiwi-edit"),

@@ -1,11 +1,17 @@
 import copy
+import math
 
 import pytest
 import torch
 from components import DIM, TEXT_DIM, build_transformer, make_clip
 
 from rvedit_diffusers import RVEDiTTransformer3DModel
-from rvedit_diffusers.losses import cosine_alignment_loss, infonce_loss, relational_alignment_loss
+from rvedit_diffusers.losses import (
+    cosine_alignment_loss,
+    infonce_loss,
+    relational_alignment_loss,
+    token_contrast_loss,
+)
 from rvedit_diffusers.training import branches as branches_module
 from rvedit_diffusers.training.branches import (
     ALIGNMENT_LOSSES,
@@ -19,6 +25,7 @@ SHAPE = (16, 2, 4, 4)  # of the latents of a clip: 8 tokens
 POSITIONS = [[0, 2, 3, 5, 7], [1, 2, 4, 5, 6]]
 TOKENS = ("edit_tokens", "visual_tokens")
 REFERENCE_TOKENS = ("reference_edit_tokens", "reference_visual_tokens")
+KINDS = ("own", "shuffled")  # of reference tokens
 
 
 def build_branches(seed=0, num_layers=4, num_shallow_blocks=2, **settings):
@@ -59,6 +66,11 @@ def by_hand(branches, batch, prefix="", source="source_latents"):
     )
     features = [torch.stack([row[at] for row, at in zip(rows, POSITIONS)]) for rows in output.features]
     return output.sample, features
+
+
+def with_next_tokens(batch):
+    """The batch with the reference tokens of the next of its two samples, and where the visual ones are."""
+    return batch | {name: batch[name].flip(0) for name in (*REFERENCE_TOKENS, "visual_positions")}
 
 
 def head_inputs(branches, batch):
@@ -212,9 +224,10 @@ def test_the_last_shallow_and_the_first_deep_block_are_aligned(num_layers, num_s
 
 
 LOSSES = {
-    "infonce": lambda head, features, targets: infonce_loss(head(features), head(targets), 0.2),
-    "cosine": lambda head, features, targets: cosine_alignment_loss(head(features), targets),
-    "relational": lambda head, features, targets: relational_alignment_loss(head(features), targets),
+    "infonce": lambda head, features, targets, _: infonce_loss(head(features), head(targets), 0.2),
+    "contrast": lambda head, *features: token_contrast_loss(*map(head, features), 0.2),
+    "cosine": lambda head, features, targets, _: cosine_alignment_loss(head(features), targets),
+    "relational": lambda head, features, targets, _: relational_alignment_loss(head(features), targets),
 }
 
 
@@ -222,8 +235,8 @@ LOSSES = {
 def test_the_loss_is_the_mean_over_the_blocks(align_loss):
     branches, batch = build_branches(align_loss=align_loss, align_temperature=0.2), build_batch((1.0, 0.0))
     _, features = by_hand(branches, batch)
-    _, targets = by_hand(branches, batch, "reference_")
-    losses = [LOSSES[align_loss](*arguments) for arguments in zip(branches.heads, features, targets, strict=True)]
+    targets = [by_hand(branches, each, "reference_")[1] for each in (batch, with_next_tokens(batch))]
+    losses = [LOSSES[align_loss](*arguments) for arguments in zip(branches.heads, features, *targets, strict=True)]
     torch.testing.assert_close(branches(batch)[1], sum(losses) / 2)
 
 
@@ -232,8 +245,8 @@ def test_the_reference_branch_teaches_no_weight_but_the_heads(align_loss):
     branches, batch = build_branches(align_loss=align_loss, align_temperature=0.2), build_batch()
     _, features = by_hand(branches, batch)
     with torch.no_grad():
-        _, targets = by_hand(branches, batch, "reference_")
-    losses = [LOSSES[align_loss](*arguments) for arguments in zip(branches.heads, features, targets, strict=True)]
+        targets = [by_hand(branches, each, "reference_")[1] for each in (batch, with_next_tokens(batch))]
+    losses = [LOSSES[align_loss](*arguments) for arguments in zip(branches.heads, features, *targets, strict=True)]
     parameters = list(branches.parameters())
     expected = torch.autograd.grad(sum(losses).mean() / 2, parameters, allow_unused=True)
     actual = torch.autograd.grad(branches(batch)[1].mean(), parameters, allow_unused=True)
@@ -275,6 +288,77 @@ def test_the_latents_of_the_reference_branch_matter_to_the_loss():
     batch = build_batch()
     losses = [build_branches(align_reference_latents=kind)(batch)[1] for kind in ("source", "reference")]
     assert (losses[0] - losses[1]).abs().min() > 1e-3
+
+
+# Whose tokens the reference branch reads
+
+
+@pytest.mark.parametrize("keep", [(1.0, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize("tokens", KINDS)
+def test_the_reference_branch_reads_the_tokens_that_it_is_told(keep, tokens):
+    branches, batch = build_branches(align_reference_tokens=tokens), build_batch(keep)
+    read = with_next_tokens(batch) if tokens == "shuffled" else batch
+    _, expected = by_hand(branches, read, "reference_")  # dropped or not as the editing branch is
+    targets = [value for _, value in head_inputs(branches, batch)[1::2]]
+    torch.testing.assert_close(targets, expected)
+
+
+def test_shuffled_tokens_are_those_of_the_next_sample():
+    batch = build_batch()
+    three = {name: torch.cat([value, value[:1] + 1]) for name, value in batch.items()}
+    three["align_positions"] = torch.tensor([POSITIONS[0]] * 3)
+    rolled = three | {name: three[name][[1, 2, 0]] for name in (*REFERENCE_TOKENS, "visual_positions")}
+    three["sigmas"] = rolled["sigmas"] = torch.tensor([0.3, 0.8, 0.5])
+    targets = head_inputs(build_branches(align_reference_tokens="shuffled"), three)[1::2]
+    # positions are those of the tokens in the reference branch alone, which the targets are of
+    torch.testing.assert_close(targets, head_inputs(build_branches(), rolled)[1::2])
+
+
+def test_the_editing_branch_does_not_change_with_the_tokens_of_the_reference_branch():
+    batch = build_batch()
+    own, shuffled = (build_branches(align_reference_tokens=tokens)(batch) for tokens in KINDS)
+    assert torch.equal(own[0], shuffled[0]) and (own[1] - shuffled[1]).abs().min() > 1e-3
+
+
+def test_connectors_come_before_tokens_are_shuffled(pipe):
+    branches, batch = (
+        build_branches(distiller=pipe.distiller, align_reference_tokens="shuffled"),
+        build_batch(width=32),
+    )
+    _, align = branches(batch)
+    for prefix in ("", "reference_"):
+        made = pipe.distiller.connect(batch[f"{prefix}edit_tokens"], batch[f"{prefix}visual_tokens"])
+        batch |= dict(zip((f"{prefix}edit_tokens", f"{prefix}visual_tokens"), made))
+    branches.distiller = None
+    torch.testing.assert_close(branches(batch)[1], align)
+
+
+def test_wrong_tokens_may_be_those_of_a_twin():
+    branches, batch = build_branches(align_loss="contrast", align_negatives="twin"), build_batch((1.0, 0.0))
+    generator = torch.Generator().manual_seed(2)
+    wrong = {f"wrong_{name}": torch.randn(batch[name].shape, generator=generator) for name in TOKENS}
+    _, expected = by_hand(branches, batch | wrong, "wrong_")
+    seen = [value for _, value in head_inputs(branches, batch | wrong)[2::3]]
+    torch.testing.assert_close(seen, expected)
+
+
+def test_a_contrast_with_the_same_tokens_is_log_2():
+    branches, batch = build_branches(align_loss="contrast", align_negatives="twin"), build_batch()
+    wrong = {f"wrong_{name}": batch[f"reference_{name}"] for name in TOKENS}
+    torch.testing.assert_close(branches(batch | wrong)[1], torch.full((2,), math.log(2)))
+
+
+def test_the_contrast_takes_one_more_pass_up_to_the_last_aligned_block():
+    branches = build_branches(align_loss="contrast", align_blocks=[1, 0])
+    assert count_blocks(branches, build_batch()) == [3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("settings", [{"align_loss": "contrast"}, {"align_reference_tokens": "shuffled"}])
+def test_a_sample_alone_has_no_next_one(settings):
+    batch = {name: value[:1] for name, value in build_batch().items()}
+    with pytest.raises(ValueError, match="`batch` .*at least 2 samples.*holds 1"):
+        build_branches(**settings)(batch)
+    assert build_branches()(batch)[1].shape == (1,)
 
 
 def test_branches_that_see_the_same_have_nothing_to_align():
@@ -484,6 +568,9 @@ def test_a_routing_without_anything_to_connect_is_refused(pipe, routing):
         ({"align_blocks": [-1]}, r"`align_blocks` .*\[0, 3\].*\[-1\]"),
         ({"align_loss": "mse"}, "`align_loss` .*infonce.*'mse'"),
         ({"align_reference_latents": "edited"}, "`align_reference_latents` .*'source'.*'edited'"),
+        ({"align_reference_tokens": "mine"}, "`align_reference_tokens` .*'own'.*'mine'"),
+        ({"align_negatives": "all"}, "`align_negatives` .*'next'.*'all'"),
+        ({"align_loss": "contrast", "align_reference_tokens": "shuffled"}, "`align_reference_tokens` .*'shuffled'"),
     ],
 )
 def test_wrong_arguments_are_refused(settings, message):

@@ -7,6 +7,7 @@ import torch
 from components import TEXT_DIM, build_pipeline, make_clip
 from safetensors.torch import load_file
 
+from rvedit_diffusers import RVEDiTPipeline
 from rvedit_diffusers.synthetic import SyntheticEdits, caption
 from rvedit_diffusers.training import cache
 from rvedit_diffusers.training.cache import (
@@ -248,6 +249,13 @@ def test_kinds_of_tokens_and_text_have_their_own_files(pipe):
 
 def test_a_fingerprint_is_the_same_in_every_process():
     assert fingerprint(build_pipeline(), "tokens", "embeds") == fingerprint(build_pipeline(), "tokens", "embeds")
+
+
+def test_a_fingerprint_does_not_tell_where_the_weights_lie(tmp_path):
+    build_pipeline().save_pretrained(tmp_path / "one")
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    pipes = [RVEDiTPipeline.from_pretrained(tmp_path / name) for name in ("one", "two")]
+    assert fingerprint(pipes[0], "tokens", "embeds") == fingerprint(pipes[1], "tokens", "embeds")
 
 
 @pytest.mark.parametrize("name", ["vae", "mllm", "distiller", "text_encoder"])

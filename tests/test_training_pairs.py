@@ -24,6 +24,11 @@ def test_an_item_is_followed_by_its_twin(pairs):
         assert swapped_words(pairs.instruction(index), pairs.instruction(index + 1)) == 1
 
 
+def test_a_pair_knows_its_twin():
+    pairs = BenchmarkPairs(BenchmarkItems("L1", 3, split="train", **SIZE), 5, 8.0)
+    assert [pairs.twin(index) for index in range(5)] == [1, 0, 3, 2, 4]
+
+
 def test_an_item_without_a_twin_comes_twice():
     items = BenchmarkItems("L0", 3, split="train", **SIZE)
     index = next(index for index in range(100) if items[index].twin is None)

@@ -28,9 +28,9 @@ def build_samples(tmp_path_factory):
     """Makes samples of `PAIRS`, whose cache holds embeddings or token ids of the instructions."""
     folder, pipe = tmp_path_factory.mktemp("cache"), build_pipeline()
 
-    def build_samples(draws, text="embeds", pairs=None):
+    def build_samples(draws, text="embeds", pairs=None, twin=None):
         cached = CachedPairs(fill_cache(pipe, PAIRS, folder, "tokens", text, model_key=text), text_length(pipe))
-        return Samples(cached, draws, cached_null_text(pipe, folder, text, text), pairs)
+        return Samples(cached, draws, cached_null_text(pipe, folder, text, text), pairs, twin)
 
     return build_samples
 
@@ -130,6 +130,17 @@ def test_a_dropped_instruction_is_the_empty_one(build_samples, text):
     sample = samples[2, 9]
     dropped = {name: sample[name] for name in samples.null_text}
     torch.testing.assert_close(dropped, samples.null_text, rtol=0, atol=0)
+
+
+def test_wrong_tokens_are_the_reference_tokens_of_the_twin(build_samples):
+    samples = build_samples(Draws(seed=0), twin=lambda index: index ^ 1)
+    for index in range(2):
+        plain, other = samples.cached[index], samples.cached[index ^ 1]
+        sample = samples[index, 5]
+        assert sample.keys() - plain.keys() >= {"wrong_edit_tokens", "wrong_visual_tokens"}
+        for name in ("edit_tokens", "visual_tokens"):
+            assert torch.equal(sample[f"wrong_{name}"], other[f"reference_{name}"])
+            assert torch.equal(sample[f"reference_{name}"], plain[f"reference_{name}"])
 
 
 def test_dropping_changes_nothing_but_the_instruction_and_the_flags(build_samples):

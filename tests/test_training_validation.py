@@ -205,6 +205,17 @@ def test_gradient_norms_are_those_of_each_loss_alone(build_accelerator, branches
     assert norms == pytest.approx(norms_by_hand(branches, parameters, samples[0, middle]), rel=1e-4)
 
 
+def test_gradient_norms_of_branches_that_meet_take_two_pairs(accelerator, pipe, build_samples):
+    branches = EditingBranches(pipe.transformer, align_reference_tokens="shuffled").train()
+    samples, parameters = build_samples(FixedDraws(DRAWS)), list(branches.transformer.parameters())
+    norms = gradient_norms(accelerator, branches, parameters, samples, default_collate, 2)
+    middle, count = len(VALIDATION_SIGMAS) // 2, len(VALIDATION_SIGMAS)
+    _, align = branches(default_collate([samples[pair, pair * count + middle] for pair in range(2)]))
+    gradients = torch.autograd.grad(align.mean(), parameters, allow_unused=True)
+    expected = torch.stack([each.norm() for each in gradients if each is not None]).norm()
+    assert norms["gradient_norm_align"] == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_gradient_norms_leave_no_gradients(accelerator, branches, build_samples):
     parameters = list(branches.transformer.parameters())
     gradient_norms(accelerator, branches, parameters, build_samples(FixedDraws(DRAWS)), default_collate)

@@ -13,11 +13,15 @@ from ..losses import (
     feature_matching_loss,
     infonce_loss,
     relational_alignment_loss,
+    token_contrast_loss,
 )
 from ..transformer_rvedit import RVEDiTTransformer3DModel
 
 
-ALIGNMENT_LOSSES = ("infonce", "cosine", "relational")
+ALIGNMENT_LOSSES = ("infonce", "contrast", "cosine", "relational")
+CONTRASTIVE_LOSSES = ("infonce", "contrast")  # those with negatives, which bound the mutual information
+REFERENCE_TOKENS = ("own", "shuffled")
+NEGATIVES = ("next", "twin")
 ROWS_AT_ONCE = 2048  # of InfoNCE's logits: 16 MiB a clip in float32
 
 
@@ -29,6 +33,26 @@ def default_align_blocks(config) -> list[int]:
     """
     num_shallow = config.num_layers // 3 if config.num_shallow_blocks is None else config.num_shallow_blocks
     return sorted({max(num_shallow - 1, 0), min(num_shallow, config.num_layers - 1)})
+
+
+def needs_next_sample(align_loss: str, align_reference_tokens: str, align_negatives: str) -> bool:
+    """Whether a branch reads the tokens of the next sample, so that a micro-batch has to hold two; see
+    [`EditingBranches`] for the arguments."""
+    return align_reference_tokens == "shuffled" or (align_loss == "contrast" and align_negatives == "next")
+
+
+def _of_next_sample(tokens: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(each.roll(-1, dims=0) for each in tokens)
+
+
+def _kept(batch: dict, tokens: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+    edit, visual, positions = tokens
+    keep = batch["keep_instruction"].view(-1, 1, 1)
+    return {
+        "edit_hidden_states": edit * keep,
+        "visual_hidden_states": visual * keep,
+        "visual_positions": positions,
+    }
 
 
 class EditingBranches(nn.Module):
@@ -45,13 +69,21 @@ class EditingBranches(nn.Module):
             neither wrapped nor saved.
         align_blocks (`Sequence[int]`, *optional*): Blocks whose cross-attention features are aligned;
             [`default_align_blocks`] by default.
-        align_loss (`str`, defaults to `"infonce"`): One of `ALIGNMENT_LOSSES`. InfoNCE compares both branches behind
-            one head. The others have no negatives, so that a head on both sides would collapse: the head maps features
-            of the editing branch onto those of the reference branch.
-        align_temperature (`float`, defaults to 0.07): Of InfoNCE.
+        align_loss (`str`, defaults to `"infonce"`): One of `ALIGNMENT_LOSSES`. InfoNCE and the contrast, for which the
+            reference branch runs a second time with wrong tokens, compare both branches behind one head. The others
+            have no negatives, so that a head on both sides would collapse: the head maps features of the editing
+            branch onto those of the reference branch.
+        align_temperature (`float`, defaults to 0.07): Of InfoNCE and the contrast.
         align_reference_latents (`str`, defaults to `"source"`): Whether the reference branch has the latents of the
             source clip beside the noisy ones, so that only the tokens differ, or those of the edited clip
             (`"reference"`).
+        align_reference_tokens (`str`, defaults to `"own"`): `"shuffled"`: the reference branch reads the reference
+            tokens of the next sample of the micro-batch, the first one's in the last. A control: whatever it gains is
+            not owed to what the tokens say.
+        align_negatives (`str`, defaults to `"next"`): Which tokens the contrast takes for wrong: the reference tokens
+            of the next sample of the micro-batch, mostly of another scene, or those of the `"twin"`, which come with
+            the batch. The twin has the same source and an instruction that differs in one word, so that nothing but
+            this word tells them apart: the hardest negative.
 
     Raises:
         ValueError: An argument is out of range.
@@ -67,6 +99,8 @@ class EditingBranches(nn.Module):
         align_loss: str = "infonce",
         align_temperature: float = 0.07,
         align_reference_latents: str = "source",
+        align_reference_tokens: str = "own",
+        align_negatives: str = "next",
     ):
         super().__init__()
         config = transformer.config
@@ -75,21 +109,29 @@ class EditingBranches(nn.Module):
             raise ValueError(
                 f"`align_blocks` has to name blocks in [0, {config.num_layers - 1}], but is {self.align_blocks}"
             )
-        if align_loss not in ALIGNMENT_LOSSES:
-            raise ValueError(f"`align_loss` has to be one of {ALIGNMENT_LOSSES}, but is {align_loss!r}")
-        if align_reference_latents not in ("source", "reference"):
+        for name, value, choices in (
+            ("align_loss", align_loss, ALIGNMENT_LOSSES),
+            ("align_reference_latents", align_reference_latents, ("source", "reference")),
+            ("align_reference_tokens", align_reference_tokens, REFERENCE_TOKENS),
+            ("align_negatives", align_negatives, NEGATIVES),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` has to be one of {choices}, but is {value!r}")
+        if align_loss == "contrast" and align_reference_tokens != "own":
             raise ValueError(
-                f"`align_reference_latents` has to be 'source' or 'reference', but is {align_reference_latents!r}"
+                "`align_reference_tokens` has to be 'own' where `align_loss` is 'contrast', which tells them from"
+                f" others, but is {align_reference_tokens!r}"
             )
         self.transformer, self.distiller, self.text_encoder = transformer, distiller, text_encoder
         self._mllm = (mllm,)  # out of sight of nn.Module
         self.align_loss, self.align_temperature = align_loss, align_temperature
-        self.align_reference_latents = align_reference_latents
+        self.align_reference_latents, self.align_reference_tokens = align_reference_latents, align_reference_tokens
+        self.align_negatives = align_negatives
         dim = config.num_attention_heads * config.attention_head_dim
-        out_dim = 128 if align_loss == "infonce" else dim
+        out_dim = 128 if align_loss in CONTRASTIVE_LOSSES else dim
         self.heads = nn.ModuleList(AlignmentHead(dim, out_dim=out_dim) for _ in self.align_blocks)
 
-    def _tokens(self, batch: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    def _make_tokens(self, batch: dict, prefix: str = "") -> tuple[torch.Tensor, ...]:
         if f"{prefix}mllm_inputs" in batch:
             inputs = batch[f"{prefix}mllm_inputs"]
             edit, visual, positions, mask = self.distiller(self._mllm[0], inputs, return_dict=False)
@@ -99,17 +141,20 @@ class EditingBranches(nn.Module):
             positions = batch["visual_positions"]
             if self.distiller is not None:
                 edit, visual = self.distiller.connect(edit, visual)
-        keep = batch["keep_instruction"].view(-1, 1, 1)
-        return {
-            "edit_hidden_states": edit * keep,
-            "visual_hidden_states": visual * keep,
-            "visual_positions": positions,
-        }
+        return edit, visual, positions
 
-    def _align(self, head: AlignmentHead, features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _tokens(self, batch: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+        return _kept(batch, self._make_tokens(batch, prefix))
+
+    def _align(
+        self, head: AlignmentHead, features: torch.Tensor, targets: torch.Tensor, *wrong_targets: torch.Tensor
+    ) -> torch.Tensor:
         if self.align_loss == "infonce":
             chunk_size = ROWS_AT_ONCE if features.shape[1] > ROWS_AT_ONCE else None
             return infonce_loss(head(features), head(targets), self.align_temperature, chunk_size=chunk_size)
+        if self.align_loss == "contrast":
+            projected = [head(each) for each in (features, targets, *wrong_targets)]
+            return token_contrast_loss(*projected, self.align_temperature)
         if self.align_loss == "cosine":
             return cosine_alignment_loss(head(features), targets)
         return relational_alignment_loss(head(features), targets)
@@ -125,13 +170,20 @@ class EditingBranches(nn.Module):
                 - `edit_tokens`, `visual_tokens`, `reference_edit_tokens`, `reference_visual_tokens` `(batch, num, dim
                   or mllm_hidden_size)` and `visual_positions` `(batch, num, 3)`, or `mllm_inputs` and
                   `reference_mllm_inputs`, what [`RVEDiTProcessor`] returns;
+                - `wrong_edit_tokens`, `wrong_visual_tokens`, where the twin's are the negatives;
                 - `align_positions` `(batch, num)` int64, the tokens to align; without it the reference branch does not
                   run.
 
         Returns:
             `tuple`: the velocity `(batch, channels, frames, height, width)`, and the alignment loss `(batch,)`, the
             mean over the blocks in float32, or `None`.
+
+        Raises:
+            ValueError: There is to be a next sample, but the batch holds one alone.
         """
+        settings = (self.align_loss, self.align_reference_tokens, self.align_negatives)
+        if "align_positions" in batch and len(batch["latents"]) < 2 and needs_next_sample(*settings):
+            raise ValueError("`batch` has to hold at least 2 samples to read the tokens of the next, but holds 1")
         text = batch.get("prompt_embeds")
         if self.text_encoder is not None:
             mask = batch["attention_mask"]
@@ -147,25 +199,34 @@ class EditingBranches(nn.Module):
         if "align_positions" not in batch:
             return self.transformer(**condition, **source, **self._tokens(batch)).sample, None
 
-        # 1. The reference branch
+        # 1. The reference branch, with its tokens and with wrong ones
         with torch.no_grad():
             reference_source = source
             if self.align_reference_latents == "reference":
                 reference_source = {"source_hidden_states": batch["latents"] * keep_source}
-            targets = self.transformer(
-                **condition,
-                **reference_source,
-                **self._tokens(batch, "reference_"),
-                return_features=self.align_blocks,
-                stop_after_block=max(self.align_blocks),
-            ).features
+            tokens = [self._make_tokens(batch, "reference_")]
+            if self.align_reference_tokens == "shuffled":
+                tokens = [_of_next_sample(*tokens)]
+            if self.align_loss == "contrast":
+                is_twin = self.align_negatives == "twin"
+                tokens.append(self._make_tokens(batch, "wrong_") if is_twin else _of_next_sample(*tokens))
+            targets = [
+                self.transformer(
+                    **condition,
+                    **reference_source,
+                    **_kept(batch, each),
+                    return_features=self.align_blocks,
+                    stop_after_block=max(self.align_blocks),
+                ).features
+                for each in tokens
+            ]
 
         # 2. The editing branch
         output = self.transformer(**condition, **source, **self._tokens(batch), return_features=self.align_blocks)
         losses = []
-        for head, features, target in zip(self.heads, output.features, targets, strict=True):
-            positions = batch["align_positions"].unsqueeze(-1).expand(-1, -1, features.shape[-1])
-            losses.append(self._align(head, features.gather(1, positions), target.gather(1, positions)))
+        for head, *features in zip(self.heads, output.features, *targets, strict=True):
+            positions = batch["align_positions"].unsqueeze(-1).expand(-1, -1, features[0].shape[-1])
+            losses.append(self._align(head, *(each.gather(1, positions) for each in features)))
         return output.sample, torch.stack(losses).mean(0)
 
 

@@ -39,7 +39,10 @@ def text_length(pipe: RVEDiTPipeline) -> int:
 
 def fingerprint(pipe: RVEDiTPipeline, tokens: str, text: str) -> str:
     """A hash of all that [`encode_pairs`] depends on besides the pairs: weights and settings of the frozen parts."""
-    settings = [VERSION, tokens, text, dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config)]
+    configs = (dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config))
+    # not the folder that they were loaded from
+    configs = [{name: value for name, value in each.items() if name != "_name_or_path"} for each in configs]
+    settings = [VERSION, tokens, text, *configs]
     settings += [pipe.processor.to_dict(), pipe.processor.chat_template, pipe.processor.tokenizer.get_vocab()]
     settings += [pipe.tokenizer.get_vocab(), text_length(pipe)]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())

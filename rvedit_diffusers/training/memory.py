@@ -215,6 +215,8 @@ def describe_needs(
     counts = Counter(pairs.bucket(index) for index in range(len(pairs)))
     largest = max(counts, key=lambda bucket: bucket.num_frames * bucket.height * bucket.width)
     pair = pair_tensors(pipe, largest, "tokens" if branches.distiller is None else "states", "embeds")
+    if args.align_negatives == "twin":
+        pair |= {f"wrong_{name}": pair[f"reference_{name}"] for name in ("edit_tokens", "visual_tokens")}
     drawn = draws(0, pair["latents"].shape)
     if args.align_weight == 0 and args.stage == "edit":
         del drawn["align_positions"]

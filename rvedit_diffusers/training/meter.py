@@ -31,7 +31,7 @@ class LossMeter:
             flow (`torch.Tensor` of shape `(batch,)`), sigmas (`torch.Tensor` of shape `(batch,)`): Loss and noise
                 level, in [0, 1], of each sample.
             align (`torch.Tensor` of shape `(batch,)`, *optional*): Alignment loss.
-            num_tokens (`int`): Tokens that InfoNCE compares.
+            num_tokens (`int`): Candidates that a loss with negatives has for each token.
         """
         flow, finite = flow.detach(), flow.detach().isfinite()
         band = (sigmas * len(SIGMA_BANDS)).long().clamp(max=len(SIGMA_BANDS) - 1)
@@ -43,8 +43,8 @@ class LossMeter:
             self.sums[-1] += math.log(num_tokens) * finite.sum()
             self.counts[-2:] += finite.sum()
 
-    def read(self, accelerator: Accelerator, is_infonce: bool) -> dict[str, float]:
-        """The means over all processes since the last call, of what there was; with InfoNCE the bound too."""
+    def read(self, accelerator: Accelerator, has_negatives: bool) -> dict[str, float]:
+        """The means over all processes since the last call, of what there was; with negatives the bound too."""
         sums, counts = accelerator.reduce(torch.stack([self.sums, self.counts])).tolist()
         self.sums.zero_()
         self.counts.zero_()
@@ -56,7 +56,7 @@ class LossMeter:
                 entry[f"{self.name}_sigma_{name}"] = total / count
         if counts[-1]:
             entry["align"] = sums[-2] / counts[-2]
-        if counts[-1] and is_infonce:
+        if counts[-1] and has_negatives:
             ceiling = sums[-1] / counts[-1]
             bound = mutual_information_bound(torch.tensor(entry["align"]), math.exp(ceiling))
             entry |= {"information_nats": bound.item(), "information_ceiling_nats": ceiling}

@@ -21,6 +21,20 @@ def default_precision() -> str:
     return "bf16" if computes_in_bfloat16(device) else "no"
 
 
+def as_arguments(values: dict) -> list[str]:
+    """Options by name as a command line: `True` gives a flag, `False` and `None` give nothing, a list gives several
+    values, and an object gives its JSON."""
+    options = []
+    for name, value in values.items():
+        if value is True:
+            options.append(f"--{name}")
+        elif isinstance(value, dict):
+            options += [f"--{name}", json.dumps(value)]
+        elif value is not False and value is not None:
+            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return options
+
+
 def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
     """The options in the file that `--config` names, as a command line, and `argv` after them, which so goes first.
 
@@ -29,8 +43,7 @@ def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
         argv (`Sequence[str]`): The command line.
 
     Returns:
-        `list[str]`: `argv` itself without `--config`. In the file, one JSON object, `true` gives a flag, `false` and
-        `null` give nothing, a list gives several values, and an object gives its JSON.
+        `list[str]`: `argv` itself without `--config`. The file holds one JSON object, see [`as_arguments`].
     """
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", type=Path)
@@ -46,12 +59,4 @@ def with_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[st
     unknown = set(values) - {action.dest for action in parser._actions}
     if unknown:
         parser.error(f"--config {path} sets unknown options: {', '.join(sorted(unknown))}")
-    options = []
-    for name, value in values.items():
-        if value is True:
-            options.append(f"--{name}")
-        elif isinstance(value, dict):
-            options += [f"--{name}", json.dumps(value)]
-        elif value is not False and value is not None:
-            options += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return [*options, *argv]
+    return [*as_arguments(values), *argv]

@@ -125,8 +125,8 @@ def draw_pair(items: BenchmarkItems, index: int) -> BenchmarkItem:
 class BenchmarkPairs:
     """The first items of an endless list, each followed by its twin, an [`EditPairs`].
 
-    Twins have the same source and instructions that differ in one word: which word it is has to be read. The few
-    items without a twin (a grade to grey) come twice.
+    Twins have the same source and instructions that differ in one word: which word it is has to be read. Pairs `2k`
+    and `2k + 1` are twins. The few items without a twin (a grade to grey) come twice.
 
     Args:
         items ([`BenchmarkItems`]): The list, of the split `train`.
@@ -152,6 +152,10 @@ class BenchmarkPairs:
 
     def fps(self, index: int) -> float:
         return self.rate
+
+    def twin(self, index: int) -> int:
+        """The index of the pair's twin; its own, where the last pair of an odd number has none."""
+        return min(index ^ 1, self.num_pairs - 1)
 
     def key(self, index: int) -> str:
         items = self.items

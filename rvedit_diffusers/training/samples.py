@@ -66,6 +66,8 @@ class Samples(torch.utils.data.Dataset):
             length; it stands for instructions that are dropped.
         pairs ([`EditPairs`], *optional*): For an MLLM that runs during training: each sample gets what it reads, as
             `frames`, `reference_frames`, `instruction` and `fps`, which [`MLLMCollator`] turns into its inputs.
+        twin (`Callable[[int], int]`, *optional*): From the index of a pair to that of its twin, whose reference tokens
+            each sample gets as `wrong_edit_tokens` and `wrong_visual_tokens`.
     """
 
     def __init__(
@@ -74,8 +76,9 @@ class Samples(torch.utils.data.Dataset):
         draws: Callable[[int, torch.Size], dict[str, torch.Tensor]],
         null_text: dict[str, torch.Tensor],
         pairs: EditPairs | None = None,
+        twin: Callable[[int], int] | None = None,
     ):
-        self.cached, self.draws, self.null_text, self.pairs = cached, draws, null_text, pairs
+        self.cached, self.draws, self.null_text, self.pairs, self.twin = cached, draws, null_text, pairs, twin
 
     def __len__(self) -> int:
         return len(self.cached)
@@ -86,6 +89,9 @@ class Samples(torch.utils.data.Dataset):
         sample |= self.draws(number, sample["latents"].shape)
         if sample["keep_instruction"] == 0:
             sample |= {name: value.to(sample[name]) for name, value in self.null_text.items()}
+        if self.twin is not None:
+            other = self.cached[self.twin(index)]
+            sample |= {f"wrong_{name}": other[f"reference_{name}"] for name in ("edit_tokens", "visual_tokens")}
         if self.pairs is not None:
             sample["frames"], sample["reference_frames"] = self.pairs.load(index)
             sample |= {"instruction": self.pairs.instruction(index), "fps": self.pairs.fps(index)}

@@ -110,20 +110,23 @@ def gradient_norms(
     parameters: Sequence[nn.Parameter],
     samples: Samples,
     collate: Callable,
+    num_pairs: int = 1,
 ) -> dict[str, float]:
     """Norm of the gradient of each loss alone, without weights, at the middle noise level of the first pairs.
 
     Args:
         accelerator, model, collate: See [`held_out_loss`].
         parameters (`Sequence[nn.Parameter]`): Those whose gradients count: not the alignment heads'.
-        samples ([`Samples`]): Made with [`FixedDraws`], with positions. Each process takes one pair.
+        samples ([`Samples`]): Made with [`FixedDraws`], with positions.
+        num_pairs (`int`, defaults to 1): That each process takes; two where one is aligned with the next.
 
     Returns:
         `dict[str, float]`: `gradient_norm_flow` and `gradient_norm_align`.
     """
-    pair = accelerator.process_index % len(samples)
-    number = pair * len(VALIDATION_SIGMAS) + len(VALIDATION_SIGMAS) // 2
-    batch = send_to_device(collate([samples[pair, number]]), accelerator.device)
+    count, first = len(VALIDATION_SIGMAS), accelerator.process_index * num_pairs
+    pairs = [pair % len(samples) for pair in range(first, first + num_pairs)]
+    batch = collate([samples[pair, pair * count + count // 2] for pair in pairs])
+    batch = send_to_device(batch, accelerator.device)
     norms = {}
     for name in ("flow", "align"):
         with accelerator.autocast():
