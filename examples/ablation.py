@@ -40,6 +40,7 @@ from pathlib import Path
 import evaluate
 import torch
 import train
+from edit_video import Parser
 from tqdm import tqdm
 
 from rvedit_diffusers.evaluation.ablation import FACTS, SETTINGS, Ablation, claim_sentence, read_outcome
@@ -52,11 +53,6 @@ from rvedit_diffusers.training.variants import build_variant, num_parameters, ta
 
 
 SCRIPTS = Path(__file__).parent
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -50,7 +50,7 @@ def count(text: str) -> int:
     return value
 
 
-def seed(text: str) -> int:
+def natural(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more, of at most 18 digits")
     return int(text)
@@ -66,21 +66,9 @@ def scale(text: str) -> float:
     return value
 
 
-def build_parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change")
-    parser.add_argument(
-        "--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline; default: the embedded checkpoint"
-    )
-    parser.add_argument("--lora", help="folder, file or Hub id of LoRA weights to add")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"file to write ({', '.join(VIDEO_SUFFIXES)}); default: ./<VIDEO's name>_edited.mp4",
-    )
-    parser.add_argument("--compare", type=Path, help="also write a .png with frames of source and result over time")
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise; default: 0")
+def add_edit_options(parser: Parser) -> None:
+    """The options that [`edit`] and [`choose_device`] read."""
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the initial noise; default: 0")
     parser.add_argument("--num_inference_steps", type=count, help="denoising steps; default: the model's own")
     parser.add_argument("--guidance_scale", type=scale, help="strength of the instruction; default: the model's own")
     parser.add_argument(
@@ -102,6 +90,23 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
+
+
+def build_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change")
+    parser.add_argument(
+        "--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline; default: the embedded checkpoint"
+    )
+    parser.add_argument("--lora", help="folder, file or Hub id of LoRA weights to add")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"file to write ({', '.join(VIDEO_SUFFIXES)}); default: ./<VIDEO's name>_edited.mp4",
+    )
+    parser.add_argument("--compare", type=Path, help="also write a .png with frames of source and result over time")
+    add_edit_options(parser)
     parser.add_argument(
         "--offload",
         choices=("auto", "none", "model", "group"),
@@ -128,8 +133,8 @@ def check_weights(parser: Parser, option: str, name: str) -> None:
     is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.isdir(name.split("/")[0])
     if not os.path.exists(name) and not is_hub_id:
         parser.error(f"{option} {name}: there is no such file or folder")
-    if option == "--model" and os.path.exists(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
-        parser.error(f"--model {name}: is not a pipeline, it has no model_index.json")
+    if option != "--lora" and os.path.exists(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
+        parser.error(f"{option} {name}: is not a pipeline, it has no model_index.json")
 
 
 def choose_device(parser: Parser, name: str | None) -> torch.device:

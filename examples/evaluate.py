@@ -16,9 +16,7 @@ The same command goes on with what was stopped. `accelerate launch examples/eval
 
 import argparse
 import logging
-import math
 import os
-import re
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -33,6 +31,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from diffusers import AutoencoderKLWan
+from edit_video import DTYPES, Parser, check_weights, count, natural, scale
 from tqdm import tqdm
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
@@ -79,7 +78,6 @@ from rvedit_diffusers.synthetic.levels import DRAWN as LEVELS_DRAWN
 
 GUARD_ROWS = ("copy-source", "vae-ceiling")
 EDITS_SEED = 5_000_000  # of single edits: training and its validation use seeds far below
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SYNTHETIC_COLUMNS = {
     "union_success": ("union success []", 2),
     "op_success": ("operations", 2),
@@ -98,34 +96,6 @@ PUBLIC_COLUMNS = {
     "source_warping_error": ("of the source", 4),
     "n": ("n", 0),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def count(text: str) -> int:
-    value = int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
-    return value
-
-
-def natural(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more, of at most 9 digits")
-    return int(text)
-
-
-def scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return value
 
 
 def levels(text: str) -> list[str]:
@@ -174,14 +144,6 @@ def build_parser() -> Parser:
     public.add_argument("--data", type=Path, help="folder of the benchmark")
     public.add_argument("--limit", type=count, help="the first so many edits")
     return parser
-
-
-def check_weights(parser: Parser, option: str, name: str) -> None:
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.isdir(name.split("/")[0])
-    if not os.path.exists(name) and not is_hub_id:
-        parser.error(f"{option} {name}: there is no such file or folder")
-    if option != "--lora" and os.path.exists(name) and not os.path.isfile(os.path.join(name, "model_index.json")):
-        parser.error(f"{option} {name}: is not a pipeline, it has no model_index.json")
 
 
 def check_arguments(parser: Parser, args: argparse.Namespace) -> None:

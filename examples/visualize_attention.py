@@ -11,7 +11,6 @@ second pipeline beside the first one. Without VIDEO and PROMPT the demo clip is 
 
 import argparse
 import math
-import re
 import string
 import sys
 from dataclasses import dataclass
@@ -25,14 +24,14 @@ from edit_video import (
     DEMO_FPS,
     DTYPES,
     Parser,
+    add_edit_options,
     check_weights,
     choose_device,
     count,
     edit,
     first_line,
     loading,
-    scale,
-    seed,
+    natural,
     staged,
 )
 
@@ -72,12 +71,6 @@ FOOTNOTES = (
 )
 
 
-def index(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,6}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of 0 or more")
-    return int(text)
-
-
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
@@ -89,26 +82,15 @@ def build_parser() -> Parser:
     parser.add_argument("--compare", help="folder or Hub id of a second pipeline, to be drawn beside the first one")
     parser.add_argument("--output", type=Path, default=Path("out/attention"), help="folder; default: out/attention")
     parser.add_argument(
-        "--blocks", type=index, nargs="+", help="numbers of blocks, from 0; default: those that training aligns"
+        "--blocks", type=natural, nargs="+", help="numbers of blocks, from 0; default: those that training aligns"
     )
     parser.add_argument("--words", nargs="+", help=f"words of PROMPT to draw; default: all, or {NUM_WORDS} of more")
     parser.add_argument("--num_edit_tokens", type=count, default=4, help="editing tokens to draw; default: 4")
     parser.add_argument("--num_columns", type=count, default=5, help="frames in the pictures; default: 5")
     parser.add_argument(
-        "--step", type=index, nargs="+", help="denoising steps, from 0, the noisiest, to average; default: all"
+        "--step", type=natural, nargs="+", help="denoising steps, from 0, the noisiest, to average; default: all"
     )
-    parser.add_argument("--seed", type=seed, default=0, help="seed of the initial noise; default: 0")
-    parser.add_argument("--num_inference_steps", type=count, help="denoising steps; default: the model's own")
-    parser.add_argument("--guidance_scale", type=scale, help="strength of the instruction; default: the model's own")
-    parser.add_argument(
-        "--source_guidance_scale", type=scale, help="strength of the source clip; default: the model's own"
-    )
-    parser.add_argument("--negative_prompt", help="what to be guided away from")
-    parser.add_argument("--num_frames", type=count, help="edit at most so many frames, from the first; default: all")
-    parser.add_argument("--height", type=count, help="height to edit at, in pixels")
-    parser.add_argument("--width", type=count, help="width to edit at, likewise")
-    parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
+    add_edit_options(parser)
     parser.add_argument(
         "--offload",
         choices=("none", "model"),

@@ -55,7 +55,6 @@ def transfer_edit(
     Returns:
         `torch.Tensor` of the shape of `source`, float32 in [-1, 1].
     """
-
     size = source.shape[2:]
 
     def everywhere(values: torch.Tensor) -> torch.Tensor:

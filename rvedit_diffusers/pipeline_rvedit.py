@@ -42,6 +42,7 @@ EXAMPLE_DOC_STRING = """
 """
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+TRANSFERRED_AT_ONCE = 2  # frames to which an edit is transferred together: 18 floats a pixel
 FRAMES_AT_ONCE = 16  # are resized together: float copies of a whole clip at its own size would outweigh the models
 
 
@@ -796,7 +797,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         video = torch.empty(shape, dtype=self.vae.dtype, device=device)
         for row, clip in zip(video, clips):
             for start in range(0, num_frames, FRAMES_AT_ONCE):
-                frames = resize_frames(_frames(clip, start, device), size)
+                frames = resize_frames(_frames(clip[start : start + FRAMES_AT_ONCE], device), size)
                 row[:, start : start + len(frames)] = frames.transpose(0, 1)
             row[:, num_frames:] = row[:, num_frames - 1 : num_frames]
         return video
@@ -817,9 +818,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         result = video.new_empty((*video.shape[:3], *size), dtype=torch.float32)
         for index, (row, edited) in enumerate(zip(result, video)):
             number = index * len(clips) // len(video)
-            for start in range(0, edited.shape[1], FRAMES_AT_ONCE):
-                source = resize_frames(_frames(clips[number], start, video.device), size)
-                rows = slice(start, start + len(source))
+            for start in range(0, edited.shape[1], TRANSFERRED_AT_ONCE):
+                rows = slice(start, start + TRANSFERRED_AT_ONCE)
+                source = resize_frames(_frames(clips[number][rows], video.device), size)
                 pair = (copy[:, rows].transpose(0, 1).float() for copy in (edited, rebuilt[number]))
                 row[:, rows] = transfer_edit(*pair, source).transpose(0, 1)
         return result
@@ -1254,10 +1255,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         return RVEDiTPipelineOutput(frames=video)
 
 
-def _frames(clip: torch.Tensor, start: int, device: torch.device) -> torch.Tensor:
-    # Some frames of a clip as `load_clips` returns it, float32 in [-1, 1]
-    frames = clip[start : start + FRAMES_AT_ONCE].to(device)
-    return frames.float() / 127.5 - 1.0 if frames.dtype == torch.uint8 else frames * 2.0 - 1.0
+def _frames(clip: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # A clip as `load_clips` returns it, float32 in [-1, 1]
+    clip = clip.to(device)
+    return clip.float() / 127.5 - 1.0 if clip.dtype == torch.uint8 else clip * 2.0 - 1.0
 
 
 def _check_format(safe_serialization: bool) -> None:

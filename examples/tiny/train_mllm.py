@@ -36,6 +36,7 @@ from rvedit_diffusers.training.checkpoint import (
 )
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 from rvedit_diffusers.training.options import default_precision
+from rvedit_diffusers.training.pairs import draw_pair
 
 
 LEVELS = ("L0", "L1", "L2", "L2", "L3", "L4", "L5", "L6")  # in turns: hard distractors twice
@@ -153,15 +154,9 @@ def sight(scene: Scene) -> dict[str, np.ndarray]:
     }
 
 
-def with_twins(items: BenchmarkItems, indices: range) -> list[BenchmarkItem]:
-    """Items and their twins in turns, by index; an item without one is its own."""
-    found = {number: items[number] for number in {index // 2 for index in indices}}
-    return [found[i // 2].twin if i % 2 and found[i // 2].twin is not None else found[i // 2] for i in indices]
-
-
 def make_batch(items: BenchmarkItems, indices: range, references: bool) -> dict[str, object]:
     """Clips, instructions and answers. With `references`, every fourth clip shows the result of its edit."""
-    chosen = with_twins(items, indices)
+    chosen = [draw_pair(items, index) for index in indices]
     results = [references and index % 4 == 1 + index // 4 % 2 for index in indices]
     pairs = list(zip(chosen, results, strict=True))
     count = len(chosen)

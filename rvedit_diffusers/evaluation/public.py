@@ -47,6 +47,8 @@ class PublicEdit:
         result (`str`): Path of the result, an `.mp4` or a folder of frames, from the folder of all results.
         masks (`Path`, *optional*): Folder of masks of what may change, one for each frame and named like it.
         entry (`dict`): The row as it was read.
+        source_copy (`str`, *optional*): Path where the scorer looks for the source, an `.mp4`, from the folder of all
+            results.
     """
 
     where: str
@@ -56,6 +58,7 @@ class PublicEdit:
     result: str
     masks: Path | None
     entry: dict
+    source_copy: str | None = None
 
 
 def _read_text(path: Path) -> str:
@@ -107,7 +110,8 @@ def _read_editverse(data: Path) -> list[PublicEdit]:
             continue
         instruction = re.sub(r"^\s*<video1>\s*", "", text).replace("<video1>", "the video")
         source = data / _field(entry, "<video1>", where)
-        edits.append(PublicEdit(where, category, source, instruction, f"{key}/generate.mp4", None, entry))
+        result, copy = f"{key}/generate.mp4", f"{key}/video1.mp4"
+        edits.append(PublicEdit(where, category, source, instruction, result, None, entry, copy))
     if others:
         logger.warning("%s: %d edits are left out, they need more than one clip and a text", path, others)
     return edits
@@ -258,9 +262,9 @@ def write_result(root: Path, edit: PublicEdit, source: np.ndarray, frames: np.nd
     """
     path = root / edit.result
     path.parent.mkdir(parents=True, exist_ok=True)
+    if edit.source_copy is not None:
+        write_video(root / edit.source_copy, source, fps, crf=CRF)
     if path.suffix == ".mp4":
-        if path.name == "generate.mp4":  # of EditVerseBench
-            write_video(path.with_name("video1.mp4"), source, fps, crf=CRF)
         write_video(path, frames, fps, crf=CRF)
         return
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
@@ -329,12 +333,13 @@ def write_manifest(name: str, output: Path, edits: Sequence[PublicEdit]) -> Path
         `Path`, *optional*: The file. `None` for FiVE-Bench, whose scorer passes over what is missing.
     """
     if name == "openve":
-        path = output / "new_result.csv"
-        with open(path, "w", encoding="utf-8", newline="") as file:
+        path, partial = output / "new_result.csv", output / ".new_result.csv.partial"
+        with open(partial, "w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*edits[0].entry, "edited_result_path"])
             results = output.resolve() / "results"
             writer.writerows([*edit.entry.values(), results / edit.result] for edit in edits)
+        partial.replace(path)
         return path
     if name == "editverse":
         path = output / "test.json"

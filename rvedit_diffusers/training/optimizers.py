@@ -77,11 +77,7 @@ class Muon(torch.optim.Optimizer):
                 )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:
         for group in self.param_groups:
             shapes: dict[tuple[int, int], list[nn.Parameter]] = {}
             for parameter in group["params"]:
@@ -97,7 +93,6 @@ class Muon(torch.optim.Optimizer):
                 rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
                 for parameter, update in zip(parameters, orthogonalized(updates.to(dtype)), strict=True):
                     parameter.add_(update.view(parameter.shape), alpha=-rate)
-        return loss
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -118,6 +118,7 @@ class SyntheticPairs:
 
 @lru_cache(maxsize=64)
 def draw_pair(items: BenchmarkItems, index: int) -> BenchmarkItem:
+    """Item `index // 2` for an even index; its twin for an odd one, or the item again if it has none."""
     item = items[index // 2]
     return item.twin if index % 2 and item.twin is not None else item
 
