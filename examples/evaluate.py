@@ -74,6 +74,7 @@ from rvedit_diffusers.synthetic import (
 )
 from rvedit_diffusers.synthetic.edits import DRAWN as EDITS_DRAWN
 from rvedit_diffusers.synthetic.levels import DRAWN as LEVELS_DRAWN
+from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL
 
 
 GUARD_ROWS = ("copy-source", "vae-ceiling")
@@ -128,6 +129,9 @@ def build_parser() -> Parser:
     kinds = synthetic.add_mutually_exclusive_group()
     kinds.add_argument("--levels", type=levels, help="some of L0,...,L6,OOD, with commas; default: all")
     kinds.add_argument("--operations", nargs="+", choices=(*OPERATIONS, *NEW_OPERATIONS), help="single edits instead")
+    synthetic.add_argument(
+        "--kinds", nargs="+", choices=LOCAL + GLOBAL, help="operations that the levels are made of; default: all"
+    )
     synthetic.add_argument("--num_samples", type=count, default=64, help="items of each level; default: 64")
     synthetic.add_argument("--seed", type=natural, default=0, help="names the items; default: 0")
     synthetic.add_argument("--no_twins", action="store_true", help="leave the twins of the items out")
@@ -164,7 +168,7 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--data: the folder of the benchmark {args.benchmark} is missing")
     if is_public and args.model == "vae-ceiling":
         parser.error("--model vae-ceiling needs true edits, which public benchmarks do not have")
-    others = ("levels", "operations", "no_twins", "unseen_photos") if is_public else ("data", "limit")
+    others = ("levels", "operations", "kinds", "no_twins", "unseen_photos") if is_public else ("data", "limit")
     for option in others:
         if getattr(args, option):
             parser.error(f"--{option} is not for --benchmark {args.benchmark}")
@@ -172,6 +176,13 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--unseen_photos is for --operations: the levels always show photographs never trained on")
     if not is_public and (args.height % 16 or args.width % 16):
         parser.error(f"--height {args.height} --width {args.width}: both have to be divisible by 16")
+    if args.kinds is not None:
+        if args.operations is not None:
+            parser.error("--kinds is for levels: --operations shows single edits")
+        try:
+            BenchmarkItems(args.levels or LEVELS, args.seed, kinds=args.kinds)
+        except ValueError as error:
+            parser.error(f"--kinds: {error}")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output {args.output}: is not a folder")
 
@@ -180,7 +191,8 @@ def synthetic_suites(args: argparse.Namespace) -> list[Level] | list[SingleEdits
     size = {"num_frames": args.num_frames, "height": args.height, "width": args.width}
     if args.operations is None:
         names = args.levels or LEVELS
-        return [Level(BenchmarkItems(name, args.seed, **size), twins=not args.no_twins) for name in names]
+        lists = [BenchmarkItems(name, args.seed, kinds=args.kinds, **size) for name in names]
+        return [Level(items, twins=not args.no_twins) for items in lists]
     photos = TEST_PHOTOS if args.unseen_photos else TRAIN_PHOTOS
     lists = [SyntheticEdits(EDITS_SEED + args.seed, **size, operations=(n,), photos=photos) for n in args.operations]
     return [SingleEdits(edits) for edits in lists]
@@ -204,7 +216,7 @@ def settings_before_loading(args: argparse.Namespace, dtype: str) -> dict:
             "seed": args.seed,
             "split": "test" if is_levels or args.unseen_photos else "train",
             "drawn": f"levels {LEVELS_DRAWN}" if is_levels else f"edits {EDITS_DRAWN}",
-        }
+        } | ({"kinds": sorted(set(args.kinds))} if args.kinds else {})
     return settings
 
 

@@ -39,6 +39,7 @@ from rvedit_diffusers.hub import open_repository, upload
 from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
 from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, TRAIN_LEVELS, BenchmarkItems, SyntheticEdits
+from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL
 from rvedit_diffusers.training.adapters import LORA_TARGETS, add_lora, offload_frozen_weights, store_in_fp8
 from rvedit_diffusers.training.branches import (
     ALIGNMENT_LOSSES,
@@ -87,7 +88,7 @@ OF_STAGE_EDIT = (
     "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
     " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
     " align_reference_latents align_reference_tokens align_negatives align_every align_warmup_steps align_stop_step"
-    " operations edits_per_scene levels"
+    " operations edits_per_scene levels kinds"
 ).split()
 # What EditingBranches is told of it.
 ALIGNMENT = (
@@ -151,6 +152,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of the benchmark, for `synthetic`: its items and their twins; one that is named twice comes twice as"
         " often; default: the single edits of --operations",
     )
+    group.add_argument("--kinds", nargs="+", choices=LOCAL + GLOBAL, help="operations of --levels; default: all")
     group.add_argument("--operations", nargs="+", choices=operations, default=OPERATIONS, help="of `synthetic`")
     group.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
 
@@ -286,6 +288,13 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
                 parser.error(f"--levels and --{name} are two ways to say what `synthetic` shows: give one")
         if args.train_data != "synthetic":
             parser.error(f"--levels is for --train_data synthetic, but that is {args.train_data}")
+    if args.kinds is not None:
+        if args.levels is None:
+            parser.error("--kinds is for --levels; single edits have --operations")
+        try:
+            BenchmarkItems(args.levels, 0, split="train", kinds=args.kinds)
+        except ValueError as error:
+            parser.error(f"--kinds: {error}")
     check_alignment(parser, args)
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
@@ -371,7 +380,7 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
         bucket = args.buckets[0]
         size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
         if args.levels is not None:
-            items = BenchmarkItems(args.levels, args.data_seed + 20, split="train", **size)
+            items = BenchmarkItems(args.levels, args.data_seed + 20, split="train", kinds=args.kinds, **size)
             return BenchmarkPairs(items, args.num_pairs, float(args.fps or fps))
         edits = SyntheticEdits(
             args.data_seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene

@@ -226,6 +226,20 @@ def test_a_scene_may_be_wide():
     assert item.target_frames.shape == (5, 48, 80, 3) and item.masks.any((1, 2, 3)).all()
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_levels_of_some_kinds_have_no_others(level):
+    kinds = ("recolour", "remove", "resize", "grade")
+    items = BenchmarkItems(level, 7, num_frames=5, kinds=kinds)
+    drawn = [operation.kind for index in range(8) for operation in items[index].operations]
+    assert set(drawn) <= set(kinds) and (level == "L0" or len(set(drawn)) > 1)
+    assert items[0] == BenchmarkItems(level, 7, num_frames=5, kinds=kinds[::-1])[0]
+
+
+def test_out_of_distribution_items_of_kinds_without_held_out_pairs_have_looks_that_are_held_out():
+    items = [BenchmarkItems("OOD", 7, num_frames=5, kinds=("recolour", "remove"))[index] for index in range(4)]
+    assert all(len(item.operations) == 1 for item in items)
+
+
 @pytest.mark.parametrize(
     "arguments, name",
     [
@@ -236,6 +250,10 @@ def test_a_scene_may_be_wide():
         ({"seed": -1}, "seed"),
         ({"num_frames": 1}, "num_frames"),
         ({"height": 16}, "height"),
+        ({"kinds": ()}, "kinds"),
+        ({"kinds": ("recolour", "repaint")}, "kinds"),
+        ({"levels": ("L1", "L4"), "kinds": ("remove", "grade")}, "kinds"),
+        ({"levels": "OOD", "kinds": ("grade",)}, "kinds"),
     ],
 )
 def test_wrong_lists_are_refused(arguments, name):

@@ -695,6 +695,8 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"stage": "connect", "levels": ["L1"]}', "--levels"),
         ('{"levels": ["L1"], "operations": ["remove"]}', "--operations"),
         ('{"levels": ["L1"], "train_data": "pairs.csv"}', "--levels"),
+        ('{"kinds": ["grade"]}', "--kinds is for --levels"),
+        ('{"levels": ["L1", "L4"], "kinds": ["remove", "grade"]}', "L4 has none of"),
         ('{"levels": ["OOD"]}', "--levels"),
         ('{"stage": "connect", "train_distiller": "none"}', "--train_distiller none"),
         ('{"resume_from_checkpoint": "absent"}', "absent"),

@@ -42,6 +42,8 @@ def test_keys_tell_apart_all_that_is_drawn(pairs):
         BenchmarkItems(TRAIN_LEVELS, 3, split="test", **SIZE),
         BenchmarkItems(TRAIN_LEVELS[::-1], 3, split="train", **SIZE),
         BenchmarkItems(TRAIN_LEVELS, 3, split="train", **SIZE | {"num_frames": 9}),
+        BenchmarkItems(TRAIN_LEVELS, 3, split="train", **SIZE, kinds=("recolour", "resize", "grade")),
+        BenchmarkItems(TRAIN_LEVELS, 3, split="train", **SIZE, kinds=("recolour", "resize", "stylise")),
     ]
     others = [BenchmarkPairs(each, 28, 8.0).key(0) for each in items] + [BenchmarkPairs(pairs.items, 28, 9.0).key(0)]
     keys = {pairs.key(index) for index in range(len(pairs))}
@@ -53,6 +55,12 @@ def test_a_key_is_that_of_the_same_item_in_another_list(pairs):
     other = BenchmarkPairs(BenchmarkItems(("L0", "L1"), 3, split="train", **SIZE), 4, 8.0)
     assert [other.key(index) for index in range(4)] == [pairs.key(index) for index in range(4)]
     assert [other.instruction(index) for index in range(4)] == [pairs.instruction(index) for index in range(4)]
+
+
+def test_held_out_pairs_are_of_the_same_kinds():
+    items = BenchmarkItems("L2", 3, split="train", **SIZE, kinds=("remove",))
+    held_out = BenchmarkPairs(items, 4, 8.0).hold_out(4, seed=0)[1]
+    assert held_out.items.kinds == ("remove",) and held_out.items.seed != items.seed
 
 
 def test_held_out_pairs_are_of_other_scenes_over_the_same_photographs(pairs):

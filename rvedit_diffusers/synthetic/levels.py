@@ -46,8 +46,9 @@ KINDS: dict[str, list[tuple[str, ...]]] = {
     "whole": list(product(LOCAL, LOCAL, GLOBAL)),
     "dependent": list(product(LOCAL, ("recolour", "remove", "replace", "resize", "move"))),
 }
-HELD_OUT_KINDS = [pair[::order] for pair in HELD_OUT_PAIRS for order in (1, -1)]
+L6_FORMS = ("three", "whole", "dependent")
 KINDS = {level: [kinds for kinds in choices if not held_out(kinds)] for level, choices in KINDS.items()}
+KINDS["held out"] = [pair[::order] for pair in HELD_OUT_PAIRS for order in (1, -1)]
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,33 @@ class Plan:
     resize: tuple[str, ...] = ("smaller",)
 
 
-def draw_plan(rng: np.random.Generator, level: str) -> Plan:
-    """Draw the kinds of operations of an item, and what scene they need."""
+def choices_of(name: str, kinds: frozenset[str] | None) -> list[tuple[str, ...]]:
+    """What `KINDS` has under a name, of some kinds alone; `None` is all."""
+    return [choice for choice in KINDS[name] if kinds is None or kinds.issuperset(choice)]
+
+
+def draw_plan(rng: np.random.Generator, level: str, kinds: frozenset[str] | None = None) -> Plan:
+    """Draw the kinds of operations of an item, and what scene they need; see [`BenchmarkItems`] for `kinds`."""
 
     def one_of(choices: Sequence):
         return choices[rng.integers(len(choices))]
 
     if level == "L0":
-        return Plan(one_of(KINDS[level]), num_objects=(2, 4))
+        return Plan(one_of(choices_of(level, kinds)), num_objects=(2, 4))
     if level == "L1":
-        return Plan(one_of(KINDS[level]), num_objects=(2, 4), dressing="unique")
+        return Plan(one_of(choices_of(level, kinds)), num_objects=(2, 4), dressing="unique")
     if level == "L4":
-        return Plan(one_of(KINDS[level]), same=True)
+        return Plan(one_of(choices_of(level, kinds)), same=True)
     if level == "L6":
-        form = one_of(("three", "whole", "dependent"))
-        return Plan(one_of(KINDS[form]), dependent=form == "dependent")
+        form = one_of([form for form in L6_FORMS if choices_of(form, kinds)])
+        return Plan(one_of(choices_of(form, kinds)), dependent=form == "dependent")
     if level == "OOD":
-        if rng.random() < 0.5:
-            return Plan(one_of(KINDS["L2"]), dressing="held out")
-        kinds = one_of(HELD_OUT_KINDS)
-        return Plan(kinds, same=set(kinds) == {"recolour", "move"} and rng.random() < 0.5)
-    return Plan(one_of(KINDS[level]))
+        pairs = choices_of("held out", kinds)
+        if rng.random() < 0.5 or not pairs:
+            return Plan(one_of(choices_of("L2", kinds)), dressing="held out")
+        pair = one_of(pairs)
+        return Plan(pair, same=set(pair) == {"recolour", "move"} and rng.random() < 0.5)
+    return Plan(one_of(choices_of(level, kinds)))
 
 
 @dataclass(frozen=True)
@@ -226,13 +233,15 @@ def draw_twin(rng: np.random.Generator, stage: Stage, draft: Draft, plan: Plan) 
     return None
 
 
-def draw_item(level: str, split: str, seed: int, index: int, **arguments) -> BenchmarkItem:
+def draw_item(
+    level: str, split: str, seed: int, index: int, kinds: frozenset[str] | None = None, **arguments
+) -> BenchmarkItem:
     """Draw an item as a function of the arguments alone; see [`BenchmarkItems`] for them."""
     rng = np.random.default_rng([seed, LEVELS.index(level), list(SPLITS).index(split), index, DRAWN])
     for attempt in range(PLANS * SCENES):
         if attempt % SCENES == 0:
             resizes = VALUES["resize"]
-            plan = replace(draw_plan(rng, level), resize=resizes[rng.integers(len(resizes))])
+            plan = replace(draw_plan(rng, level, kinds), resize=resizes[rng.integers(len(resizes))])
         stage = draw_stage(rng, plan.num_objects, plan.dressing, photos=SPLITS[split], **arguments)
         for _ in range(DRAFTS if stage is not None else 0):
             draft = draw_draft(rng, stage, plan)
@@ -252,8 +261,8 @@ def draw_item(level: str, split: str, seed: int, index: int, **arguments) -> Ben
 class BenchmarkItems:
     """An endless, indexable list of items of the benchmark; the same on every machine.
 
-    Item `index` is a function of its level, `split`, `seed`, `index` and the size of the clips alone. The levels take
-    turns; one that is named twice comes twice as often.
+    Item `index` is a function of its level, `split`, `seed`, `index`, `kinds` and the size of the clips alone. The
+    levels take turns; one that is named twice comes twice as often.
 
     Args:
         levels (`str` or `tuple[str, ...]`): Some of `LEVELS`.
@@ -262,6 +271,11 @@ class BenchmarkItems:
             looks (`HELD_OUT_LOOKS`) and pairs of operations (`HELD_OUT_PAIRS`) no other level contains. `"test"` shows
             photographs of `TEST_PHOTOS`.
         num_frames, height, width (`int`): The clips, in frames and pixels.
+        kinds (`Sequence[str]`, *optional*): Operations that the items are made of, an easier benchmark. All by
+            default.
+
+    Raises:
+        ValueError: An argument is none of these, or a level cannot be made of these `kinds`.
     """
 
     def __init__(
@@ -272,6 +286,7 @@ class BenchmarkItems:
         num_frames: int = 17,
         height: int = 64,
         width: int = 64,
+        kinds: Sequence[str] | None = None,
     ):
         self.levels = (levels,) if isinstance(levels, str) else tuple(levels)
         if not self.levels or set(self.levels) - set(LEVELS):
@@ -287,11 +302,20 @@ class BenchmarkItems:
                 "`num_frames` has to be at least 2, `height` and `width` at least 32, but they are "
                 f"{num_frames}, {height} and {width}"
             )
-        self.seed, self.split = seed, split
+        if kinds is not None:
+            if not kinds or set(kinds) - set(LOCAL + GLOBAL):
+                raise ValueError(f"`kinds` has to name some of {LOCAL + GLOBAL}, but is {kinds!r}")
+            kinds = tuple(sorted(set(kinds)))
+            for level in self.levels:
+                names = {"L6": L6_FORMS, "OOD": ("L2",)}.get(level, (level,))
+                if not any(choices_of(name, frozenset(kinds)) for name in names):
+                    raise ValueError(f"`kinds` has to be enough for each of `levels`, but {level} has none of {kinds}")
+        self.seed, self.split, self.kinds = seed, split, kinds
         self.scene_arguments = {"num_frames": num_frames, "height": height, "width": width}
 
     def __getitem__(self, index: int) -> BenchmarkItem:
         if index < 0:
             raise IndexError(f"`index` has to be at least 0, but is {index}")
         level = self.levels[index % len(self.levels)]
-        return draw_item(level, self.split, self.seed, index, **self.scene_arguments)
+        kinds = None if self.kinds is None else frozenset(self.kinds)
+        return draw_item(level, self.split, self.seed, index, kinds, **self.scene_arguments)

@@ -161,10 +161,12 @@ class BenchmarkPairs:
     def key(self, index: int) -> str:
         items = self.items
         drawn = [DRAWN_ITEMS, items.levels[index // 2 % len(items.levels)], items.split, items.seed]
-        drawn += [items.scene_arguments, index, self.rate]
+        drawn += [items.scene_arguments, index, self.rate] + [items.kinds] * (items.kinds is not None)
         return hashlib.sha256(json.dumps(drawn).encode()).hexdigest()
 
     def hold_out(self, count: int, seed: int) -> tuple["BenchmarkPairs", "BenchmarkPairs"]:
         items = self.items
-        unseen = BenchmarkItems(items.levels, 1_000_000 + seed, items.split, **items.scene_arguments)
+        unseen = BenchmarkItems(
+            items.levels, 1_000_000 + seed, items.split, kinds=items.kinds, **items.scene_arguments
+        )
         return self, BenchmarkPairs(unseen, count, self.rate)
