@@ -15,7 +15,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import PreTrainedTokenizerBase
 
 from .pipeline_rvedit import RVEDiTPipeline
-from .transformer_rvedit import RVEDiTAttention, RVEDiTTransformer3DModel, _apply_rotary_emb
+from .transformer_rvedit import ContextStates, RVEDiTAttention, RVEDiTTransformer3DModel, _apply_rotary_emb
 
 
 LOGITS_AT_ONCE = 2**24  # 64 MiB in float32
@@ -97,33 +97,21 @@ class RecordingAttnProcessor:
         self,
         attn: RVEDiTAttention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        visual_hidden_states: torch.Tensor | None = None,
+        context: ContextStates | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         visual_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        inputs = (
-            hidden_states,
-            encoder_hidden_states,
-            visual_hidden_states,
-            rotary_emb,
-            visual_rotary_emb,
-            visual_attention_mask,
-        )
         if self.call.is_recorded:
-            self._record(attn, *inputs)
-        return self.processor(attn, *inputs)
+            self._record(attn, hidden_states, context, rotary_emb, visual_attention_mask)
+        return self.processor(attn, hidden_states, context, rotary_emb, visual_attention_mask)
 
     @torch.no_grad()
     def _record(
         self,
         attn: RVEDiTAttention,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None,
-        visual_hidden_states: torch.Tensor | None,
+        context: ContextStates,
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
-        visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None,
         visual_attention_mask: torch.Tensor | None,
     ) -> None:
         if self.grid not in (None, self.call.grid):
@@ -135,25 +123,15 @@ class RecordingAttnProcessor:
         query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))  # (batch, seq, heads, head_dim)
 
         # 1. Editing and text tokens
-        if encoder_hidden_states is not None:
-            if attn.fused_projections:
-                key = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)[0]
-            else:
-                key = attn.to_k(encoder_hidden_states)
+        if context.key is not None:
             num_edit = self.call.num_edit if "edit" in self.tokens else 0
-            lengths = {"edit": num_edit, "text": key.shape[1] - num_edit}
-            lengths = {stream: length for stream, length in lengths.items() if stream in self.tokens}
-            self._add(query, attn.norm_k(key).unflatten(2, (attn.heads, -1)), lengths)
+            lengths = {"edit": num_edit, "text": context.key.shape[1] - num_edit}
+            self._add(query, context.key, {name: length for name, length in lengths.items() if name in self.tokens})
 
         # 2. Visual tokens
-        if visual_hidden_states is not None:
-            if attn.fused_projections:
-                key = attn.to_added_kv(visual_hidden_states).chunk(2, dim=-1)[0]
-            else:
-                key = attn.add_k_proj(visual_hidden_states)
-            key = attn.norm_added_k(key).unflatten(2, (attn.heads, -1))
-            query, key = _apply_rotary_emb(query, *rotary_emb), _apply_rotary_emb(key, *visual_rotary_emb)
-            self._add(query, key, {"visual": key.shape[1]}, visual_attention_mask)
+        if context.visual_key is not None:
+            query = _apply_rotary_emb(query, *rotary_emb)
+            self._add(query, context.visual_key, {"visual": context.visual_key.shape[1]}, visual_attention_mask)
             self.visual_positions = self.call.visual_positions.float().cpu()
             self.visual_attention_mask = None if visual_attention_mask is None else visual_attention_mask.cpu()
 

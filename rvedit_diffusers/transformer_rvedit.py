@@ -1,7 +1,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_wan import (
     WanTransformer3DModel,
 )
 from diffusers.utils import BaseOutput, apply_lora_scale
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 
 
@@ -42,6 +43,38 @@ class RVEDiTTransformer3DModelOutput(BaseOutput):
     features: tuple[torch.Tensor, ...] | None = None
 
 
+class ContextStates(NamedTuple):
+    """
+    Keys and values of one block's cross-attention, each `(batch, tokens, heads, head_dim)` or `None`.
+
+    Args:
+        key, value (`torch.Tensor`, *optional*): Of the editing and text tokens that the block reads.
+        visual_key, visual_value (`torch.Tensor`, *optional*): Of the visual tokens, the keys rotated.
+    """
+
+    key: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    visual_key: torch.Tensor | None = None
+    visual_value: torch.Tensor | None = None
+
+
+class RVEDiTContext(NamedTuple):
+    """
+    What the calls of an edit have in common, as it depends neither on the noisy latents nor on the timestep: what
+    [`~RVEDiTTransformer3DModel.project_context`] returns.
+
+    Args:
+        rotary_emb (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines of the latent grid.
+        blocks (`tuple[ContextStates, ...]`): What the cross-attention of each block reads.
+        source_patches (`torch.Tensor` of shape `(batch, dim, num_frames, height, width)`, *optional*):
+            The embedded source, in patches.
+    """
+
+    rotary_emb: tuple[torch.Tensor, torch.Tensor]
+    blocks: tuple[ContextStates, ...]
+    source_patches: torch.Tensor | None = None
+
+
 class RVEDiTAttnProcessor:
     """
     Attention of one block, self or cross, through diffusers' attention backends.
@@ -58,33 +91,27 @@ class RVEDiTAttnProcessor:
         self,
         attn: "RVEDiTAttention",
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        visual_hidden_states: torch.Tensor | None = None,
+        context: ContextStates | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         visual_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # 1. Projections
-        key = value = None
         if attn.is_cross_attention:
             query = attn.to_q(hidden_states)  # (batch, seq, dim)
-            if encoder_hidden_states is not None:
-                if attn.fused_projections:
-                    key, value = attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
-                else:
-                    key, value = attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-        elif attn.fused_projections:
-            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            key, value, visual_key, visual_value = context
         else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-
+            if attn.fused_projections:
+                query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+            else:
+                query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
+            value = value.unflatten(2, (attn.heads, -1))
+            visual_key = None
         query = attn.norm_q(query).unflatten(2, (attn.heads, -1))  # (batch, seq, heads, head_dim)
 
         # 2. The block's own sequence (self) or the edit and text tokens (cross)
         attn_output = None
         if key is not None:
-            key = attn.norm_k(key).unflatten(2, (attn.heads, -1))
-            value = value.unflatten(2, (attn.heads, -1))
             attn_output = dispatch_attention_fn(
                 query if attn.is_cross_attention else _apply_rotary_emb(query, *rotary_emb),
                 key if attn.is_cross_attention else _apply_rotary_emb(key, *rotary_emb),
@@ -96,17 +123,11 @@ class RVEDiTAttnProcessor:
             attn_output = attn_output.flatten(2, 3).type_as(query)  # (batch, seq, dim)
 
         # 3. Visual tokens
-        if visual_hidden_states is not None:
-            if attn.fused_projections:
-                key, value = attn.to_added_kv(visual_hidden_states).chunk(2, dim=-1)
-            else:
-                key, value = attn.add_k_proj(visual_hidden_states), attn.add_v_proj(visual_hidden_states)
-            key = attn.norm_added_k(key).unflatten(2, (attn.heads, -1))  # (batch, num_visual, heads, head_dim)
-            value = value.unflatten(2, (attn.heads, -1))
+        if visual_key is not None:
             visual_output = dispatch_attention_fn(
                 _apply_rotary_emb(query, *rotary_emb),
-                _apply_rotary_emb(key, *visual_rotary_emb),
-                value,
+                visual_key,
+                visual_value,
                 # (batch, 1, 1, num_visual): the one layout that every masking backend broadcasts alike.
                 attn_mask=None if visual_attention_mask is None else visual_attention_mask[:, None, None, :],
                 backend=self._attention_backend,
@@ -153,24 +174,39 @@ class RVEDiTAttention(WanAttention):
             nn.init.zeros_(self.add_v_proj.weight)
             nn.init.zeros_(self.add_v_proj.bias)
 
+    def project_context(
+        self,
+        encoder_hidden_states: torch.Tensor | None = None,  # (batch, num_tokens, dim)
+        visual_hidden_states: torch.Tensor | None = None,  # (batch, num_visual, dim)
+        visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> ContextStates:
+        """Keys and values of what the cross-attention reads."""
+        key = value = visual_key = visual_value = None
+        if encoder_hidden_states is not None:
+            if self.fused_projections:
+                key, value = self.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+            else:
+                key, value = self.to_k(encoder_hidden_states), self.to_v(encoder_hidden_states)
+            key = self.norm_k(key).unflatten(2, (self.heads, -1))
+            value = value.unflatten(2, (self.heads, -1))
+        if visual_hidden_states is not None:
+            if self.fused_projections:
+                visual_key, visual_value = self.to_added_kv(visual_hidden_states).chunk(2, dim=-1)
+            else:
+                visual_key, visual_value = self.add_k_proj(visual_hidden_states), self.add_v_proj(visual_hidden_states)
+            visual_key = self.norm_added_k(visual_key).unflatten(2, (self.heads, -1))
+            visual_key = _apply_rotary_emb(visual_key, *visual_rotary_emb)
+            visual_value = visual_value.unflatten(2, (self.heads, -1))
+        return ContextStates(key, value, visual_key, visual_value)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        visual_hidden_states: torch.Tensor | None = None,
+        context: ContextStates | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-        visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
         visual_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.processor(
-            self,
-            hidden_states,
-            encoder_hidden_states,
-            visual_hidden_states,
-            rotary_emb,
-            visual_rotary_emb,
-            visual_attention_mask,
-        )
+        return self.processor(self, hidden_states, context, rotary_emb, visual_attention_mask)
 
 
 class RVEDiTRotaryPosEmbed(WanRotaryPosEmbed):
@@ -263,6 +299,23 @@ class RVEDiTTransformerBlock(nn.Module):
 
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def project_context(
+        self,
+        encoder_hidden_states: torch.Tensor | None,
+        edit_hidden_states: torch.Tensor | None = None,
+        visual_hidden_states: torch.Tensor | None = None,
+        visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> ContextStates:
+        """Keys and values of the streams that the block reads; see `forward` for their shapes."""
+        tokens = [edit_hidden_states] if "edit" in self.tokens else []
+        if "text" in self.tokens:
+            tokens.append(encoder_hidden_states)
+        return self.attn2.project_context(
+            torch.cat(tokens, dim=1) if tokens else None,
+            visual_hidden_states if "visual" in self.tokens else None,
+            visual_rotary_emb,
+        )
+
     def forward(
         self,
         hidden_states: torch.Tensor,  # (batch, seq, dim)
@@ -275,6 +328,7 @@ class RVEDiTTransformerBlock(nn.Module):
         | None = None,  # (batch, num_visual, 1, head_dim / 2) each
         visual_attention_mask: torch.Tensor | None = None,  # (batch, num_visual)
         return_features: bool = False,
+        context: ContextStates | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         modulation = self.scale_shift_table.float() + temb.float()  # (batch, 1 or seq, 6, dim)
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
@@ -285,18 +339,12 @@ class RVEDiTTransformerBlock(nn.Module):
         hidden_states = (hidden_states.float() + attn_output * gate_msa).type_as(hidden_states)
 
         # 2. Routed cross-attention
-        context = [edit_hidden_states] if "edit" in self.tokens else []
-        if "text" in self.tokens:
-            context.append(encoder_hidden_states)
+        if context is None:
+            context = self.project_context(
+                encoder_hidden_states, edit_hidden_states, visual_hidden_states, visual_rotary_emb
+            )
         norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
-        feature = self.attn2(
-            norm_hidden_states,
-            torch.cat(context, dim=1) if context else None,
-            visual_hidden_states if "visual" in self.tokens else None,
-            rotary_emb,
-            visual_rotary_emb,
-            visual_attention_mask,
-        )
+        feature = self.attn2(norm_hidden_states, context, rotary_emb, visual_attention_mask)
         hidden_states = hidden_states + feature
 
         # 3. Feed-forward
@@ -307,6 +355,21 @@ class RVEDiTTransformerBlock(nn.Module):
         if return_features:
             return hidden_states, feature
         return hidden_states
+
+
+def _is_group_offloaded(model: nn.Module) -> bool:
+    hooks = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in hooks)
+
+
+def _near(weight: torch.Tensor, streams: tuple) -> tuple:
+    # Tensors of nested tuples on the device of a weight, which is "meta" while accelerate has it offloaded
+    if weight.device.type == "meta":
+        return streams
+    return tuple(
+        _near(weight, each) if isinstance(each, tuple) else None if each is None else each.to(weight.device)
+        for each in streams
+    )
 
 
 def _noisy_latents(module: nn.Module, args: tuple, kwargs: dict) -> list[torch.Tensor]:
@@ -466,6 +529,67 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             config = replace(config, raw_vision_callback=_noisy_latents)
         super().enable_cache(config)
 
+    def _rotate(
+        self, hidden_states: torch.Tensor, visual_hidden_states: torch.Tensor | None, visual_positions: torch.Tensor
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
+        has_visual = visual_hidden_states is not None
+        cos, sin, visual_cos, visual_sin = self.rope(hidden_states, visual_positions if has_visual else None)
+        return (cos, sin), (visual_cos, visual_sin) if has_visual else None
+
+    @apply_forward_hook
+    @apply_lora_scale("attention_kwargs")
+    def project_context(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        edit_hidden_states: torch.Tensor | None = None,
+        visual_hidden_states: torch.Tensor | None = None,
+        visual_positions: torch.Tensor | None = None,
+        source_hidden_states: torch.Tensor | None = None,
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> RVEDiTContext | None:
+        r"""
+        Compute once what `forward` otherwise computes in every call: its `context`, for the calls with these tokens,
+        this source, these weights and latents of this size. The arguments are those of `forward`.
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, in_channels, num_frames, height, width)`):
+                Noisy latents, of which only the size matters.
+            encoder_hidden_states, edit_hidden_states, visual_hidden_states, visual_positions, source_hidden_states:
+                What all calls have in common.
+            attention_kwargs (`dict`, *optional*):
+                As in these calls.
+
+        Returns:
+            [`RVEDiTContext`]: keys and values of all tokens in all blocks, `4 * batch * num_tokens * dim * num_layers`
+            bytes in half precision. `None` with group offloading, where weights come in the order of `forward`.
+
+        Raises:
+            `ValueError`: as `forward` does.
+        """
+        timestep = hidden_states.new_zeros(len(hidden_states))
+        self._check_inputs(
+            hidden_states,
+            timestep,
+            encoder_hidden_states,
+            edit_hidden_states,
+            visual_hidden_states,
+            visual_positions,
+            source_hidden_states=source_hidden_states,
+            attention_kwargs=attention_kwargs,
+        )
+        if _is_group_offloaded(self):
+            return None
+        rotary_emb, visual_rotary_emb = self._rotate(hidden_states, visual_hidden_states, visual_positions)
+        source_patches = None if source_hidden_states is None else self.source_embedding(source_hidden_states)
+        if encoder_hidden_states is not None:
+            encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
+        if edit_hidden_states is not None and self.edit_bias is not None:
+            edit_hidden_states = edit_hidden_states + self.edit_bias.to(edit_hidden_states)
+        streams = (encoder_hidden_states, edit_hidden_states, visual_hidden_states, visual_rotary_emb)
+        blocks = tuple(block.project_context(*_near(block.attn2.to_q.weight, streams)) for block in self.blocks)
+        return RVEDiTContext(rotary_emb, blocks, source_patches)
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -481,6 +605,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         stop_after_block: int | None = None,
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
+        context: RVEDiTContext | None = None,
     ) -> RVEDiTTransformer3DModelOutput | tuple:
         r"""
         Predict the flow at `timestep`. Streams that no block reads are ignored. `dim` is the model's width and `seq`
@@ -514,6 +639,8 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 Whether to return an [`RVEDiTTransformer3DModelOutput`] or a tuple.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": float}` scales the LoRA layers during this call.
+            context ([`RVEDiTContext`], *optional*):
+                Of `project_context`, in the place of the tokens, their positions and the source.
 
         Returns:
             [`RVEDiTTransformer3DModelOutput`], or with `return_dict=False` the tuple `(sample,)`, or
@@ -535,25 +662,31 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             return_features,
             stop_after_block,
             attention_kwargs,
+            context,
         )
 
         batch_size, _, num_frames, height, width = hidden_states.shape
         p_t, p_h, p_w = self.config.patch_size
 
         # 1. Positions
-        freqs_cos, freqs_sin, visual_cos, visual_sin = self.rope(
-            hidden_states, None if visual_hidden_states is None else visual_positions
-        )
-        rotary_emb = (freqs_cos, freqs_sin)
-        visual_rotary_emb = None if visual_hidden_states is None else (visual_cos, visual_sin)
+        visual_rotary_emb = None
+        if context is not None:
+            rotary_emb = context.rotary_emb
+        else:
+            rotary_emb, visual_rotary_emb = self._rotate(hidden_states, visual_hidden_states, visual_positions)
 
         # 2. Patches of the noisy and of the source latents
         patches = self.patch_embedding(hidden_states)
-        if source_hidden_states is not None:
+        if context is not None:
+            if context.source_patches is not None:
+                patches = patches + context.source_patches
+        elif source_hidden_states is not None:
             patches = patches + self.source_embedding(source_hidden_states)
         hidden_states = patches.flatten(2).transpose(1, 2).contiguous()  # (batch, seq, dim)
 
         # 3. Timestep and text. The embedder takes both: without text it gets a text of no tokens.
+        if context is not None:
+            encoder_hidden_states = edit_hidden_states = visual_hidden_states = None
         if encoder_hidden_states is None:
             encoder_hidden_states = hidden_states.new_zeros(batch_size, 0, self.config.text_dim)
         if timestep.ndim == 1:
@@ -580,6 +713,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 visual_rotary_emb,
                 visual_attention_mask,
                 return_features is not None and index in return_features,
+                None if context is None else context.blocks[index],
             )
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *block_args)
@@ -617,11 +751,12 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         edit_hidden_states,
         visual_hidden_states,
         visual_positions,
-        visual_attention_mask,
-        source_hidden_states,
-        return_features,
-        stop_after_block,
-        attention_kwargs,
+        visual_attention_mask=None,
+        source_hidden_states=None,
+        return_features=None,
+        stop_after_block=None,
+        attention_kwargs=None,
+        context=None,
     ):
         num_blocks = len(self.blocks)
         if attention_kwargs:
@@ -678,6 +813,18 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 )
 
         # 3. Token streams
+        if context is not None:
+            keys = [key for block in context.blocks for key in (block.key, block.visual_key) if key is not None]
+            if len(context.blocks) != num_blocks or any(key.shape[0] != batch_size for key in keys):
+                raise ValueError(
+                    f"`context` has to be of {batch_size} clips and {num_blocks} blocks, as `project_context` of this "
+                    f"model returns it, got {keys[0].shape[0]} clips and {len(context.blocks)} blocks."
+                )
+            if context.source_patches is not None and tuple(context.source_patches.shape[2:]) != grid:
+                raise ValueError(
+                    f"`context` has to be of {grid} patches, got {tuple(context.source_patches.shape[2:])}."
+                )
+            return
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         for index, block in enumerate(self.blocks):
             for name, tokens in (("edit", edit_hidden_states), ("text", encoder_hidden_states)):

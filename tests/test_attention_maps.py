@@ -42,13 +42,19 @@ def make_inputs(num_edit=5, text_len=7, num_visual=6):
 
 def plain_attention(transformer, block, inputs):
     """Softmax of edit and text, and of visual tokens, for each head: `(batch, heads, seq, num_tokens)`."""
-    seen = []
+    seen = {}
     layer = transformer.blocks[block].attn2
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args))
+    modules = {"block": transformer.blocks[block], "layer": layer, "context": layer.to_k, "visual": layer.add_k_proj}
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: seen.update({name: args}))
+        for name, module in modules.items()
+    ]
     with torch.no_grad():
         transformer(**inputs)
-    handle.remove()
-    hidden_states, context, visual, rotary_emb, visual_rotary_emb, mask = seen[0]
+    for handle in handles:
+        handle.remove()
+    (context,), (visual,), visual_rotary_emb = seen["context"], seen["visual"], seen["block"][6]
+    hidden_states, _, rotary_emb, mask = seen["layer"]
 
     def heads(states):
         return states.unflatten(2, (layer.heads, -1)).transpose(1, 2)  # (batch, heads, seq, head_dim)

@@ -561,6 +561,18 @@ def test_tensor_returned_by_the_callback_is_used(shared_pipe, clip, name):
     assert not torch.allclose(changed, edit(shared_pipe, clip), atol=1e-5)
 
 
+@pytest.mark.parametrize("scales, branches", [((1.0, 1.0), 1), ((3.0, 1.0), 2), ((3.0, 1.5), 3)])
+def test_context_is_computed_once_for_each_branch(pipe, clip, scales, branches):
+    attn = pipe.transformer.blocks[-1].attn2
+    calls = [Calls(layer) for layer in (attn.to_k, attn.add_v_proj, pipe.transformer.source_embedding)]
+    scales = {"guidance_scale": scales[0], "source_guidance_scale": scales[1]}
+    reused = edit(pipe, clip, **scales, num_inference_steps=3)
+    assert [each.count for each in calls] == [branches] * 3
+    plain = edit(pipe, clip, **scales, num_inference_steps=3, reuse_context=False)
+    assert [each.count for each in calls] == [4 * branches] * 3
+    assert torch.equal(reused, plain)
+
+
 def test_interrupt_skips_the_remaining_steps(pipe, clip):
     calls = Calls(pipe.transformer)
 

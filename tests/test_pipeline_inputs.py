@@ -219,6 +219,11 @@ WRONG_CALLS = {
         ["`negative_prompt`", "bad", "no use"],
     ),
     "keep_detail of another type": ({"keep_detail": "yes"}, ValueError, ["`keep_detail`", "'yes'", "None"]),
+    "reuse_context of another type": (
+        {"reuse_context": "yes"},
+        ValueError,
+        ["`reuse_context`", "'yes'", "True or False"],
+    ),
     "unknown output_type": ({"output_type": "mp4"}, ValueError, ["`output_type`", "'mp4'", "'pil'"]),
     "callback that is none": ({"callback_on_step_end": 1}, TypeError, ["`callback_on_step_end`", "int"]),
     "unknown callback tensor": (

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from accelerate import infer_auto_device_map
+from components import Calls
 from diffusers import FirstBlockCacheConfig, WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
@@ -361,6 +362,112 @@ def test_batch_of_two_equals_two_of_one():
         model(**{name: value[index : index + 1] for name, value in inputs.items()}).sample for index in range(2)
     ]
     torch.testing.assert_close(batched, torch.cat(singles), atol=1e-6, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- context
+
+
+def project(model, inputs):
+    """The context of `inputs`, from other latents of their size."""
+    conditions = {name: value for name, value in inputs.items() if name not in LATENTS}
+    conditions.pop("visual_attention_mask", None)
+    return model.project_context(torch.full_like(inputs["hidden_states"], torch.nan), **conditions)
+
+
+LATENTS = ("hidden_states", "timestep")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("without", [(), ("source_hidden_states",), ("visual_hidden_states", "visual_positions")])
+@pytest.mark.parametrize("tokens", [("edit",), ("text", "visual"), ("edit", "text", "visual"), ("edit", "visual")])
+@torch.no_grad()
+def test_a_context_stands_for_tokens_positions_and_source(tokens, without, fused):
+    model = make_model(shallow_tokens=tokens)
+    if fused:
+        model.fuse_qkv_projections()
+    inputs = {name: value for name, value in make_inputs().items() if name not in without}
+    rest = LATENTS
+    if "visual_hidden_states" in inputs:
+        inputs["visual_attention_mask"] = torch.arange(9) < torch.tensor([[9], [4]])
+        rest += ("visual_attention_mask",)
+    expected = model(**inputs).sample
+    context = project(model, inputs)
+    assert torch.equal(model(**{name: inputs[name] for name in rest}, context=context).sample, expected)
+    assert torch.equal(model(**inputs, context=context).sample, expected)
+
+
+@torch.no_grad()
+def test_what_a_context_holds_is_not_computed_again():
+    model, inputs = make_model(), make_inputs()
+    context = project(model, inputs)
+    attn, texts = model.blocks[DEEP].attn2, []
+    calls = [Calls(layer) for layer in (attn.to_k, attn.to_v, attn.add_k_proj, model.source_embedding, model.rope)]
+    model.condition_embedder.text_embedder.register_forward_pre_hook(lambda _, args: texts.append(args[0].shape[1]))
+    model(**inputs, context=context)
+    assert [each.count for each in calls] == [0] * 5 and texts == [0]
+
+
+def test_gradients_pass_through_a_context():
+    model, inputs = make_model(), make_inputs()
+    gradients = []
+    for context in (None, project(model, inputs)):
+        model.zero_grad()
+        model(**inputs, context=context).sample.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@torch.no_grad()
+def test_a_context_has_the_scale_of_lora_layers():
+    model, inputs = make_model(), make_inputs()
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k", "add_v_proj"], init_lora_weights=False))
+    expected = model(**inputs, attention_kwargs={"scale": 0.5}).sample
+    conditions = {name: value for name, value in inputs.items() if name not in LATENTS}
+    context = model.project_context(inputs["hidden_states"], attention_kwargs={"scale": 0.5}, **conditions)
+    assert torch.equal(model(**inputs, attention_kwargs={"scale": 0.5}, context=context).sample, expected)
+    assert not torch.equal(model(**inputs, context=project(model, inputs)).sample, expected)
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+@torch.no_grad()
+def test_group_offloading_has_no_context(offload_type):
+    model, inputs = make_model(), make_inputs()
+    model.enable_group_offload(torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
+    assert project(model, inputs) is None
+
+
+@torch.no_grad()
+def test_first_block_cache_skips_alike_with_a_context():
+    results = []
+    for has_context in (False, True):
+        torch.manual_seed(0)
+        model, inputs, samples = make_model(), make_inputs(), []
+        model.enable_cache(FirstBlockCacheConfig(threshold=10.0))
+        calls = Calls(model.blocks[-1].ffn)
+        context = project(model, inputs) if has_context else None
+        with model.cache_context("cond"):
+            for step in range(3):
+                shifted = inputs | {"hidden_states": inputs["hidden_states"] * (1 + 0.01 * step)}
+                samples.append(model(**shifted, context=context).sample)
+        results.append(torch.stack(samples))
+        assert calls.count == 1
+    assert torch.equal(*results)
+
+
+@torch.no_grad()
+def test_a_context_of_other_sizes_is_refused():
+    model, inputs = make_model(), make_inputs()
+    context = project(model, inputs)
+    one = {name: value[:1] for name, value in inputs.items()}
+    with pytest.raises(ValueError, match="`context` has to be of 1 clips and 3 blocks.* got 2 clips"):
+        model(**one, context=context)
+    with pytest.raises(ValueError, match="`context` has to be of 2 clips and 2 blocks.* 3 blocks"):
+        make_model(num_layers=2)(**inputs, context=context)
+    narrow = {name: inputs[name][..., :8] for name in ("hidden_states", "source_hidden_states")}
+    with pytest.raises(ValueError, match=r"`context` has to be of \(3, 4, 4\) patches, got \(3, 4, 6\)"):
+        model(**inputs | narrow, context=context)
 
 
 # -------------------------------------------------------------------------------------------------------- features
