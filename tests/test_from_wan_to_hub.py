@@ -110,7 +110,9 @@ def test_the_hub_shows_where_the_pipeline_comes_from(way_there, number):
         assert record[part] == {"source": f"bases/{family}", "revision": server.sha(f"bases/{family}")}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", [way if way == "plugin" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+)
 def test_all_four_come_back_and_edit_as_before(way_there, tmp_path, way):
     server, work, results = way_there
     lora = work / "runs" / NAMES[0] / "lora"

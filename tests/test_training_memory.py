@@ -75,11 +75,11 @@ def data_bytes(path):
 @pytest.mark.parametrize(
     "training_type, checkpointing, batch_size, accumulation, autocast_dtype",
     [
-        ("full", False, 1, 1, torch.bfloat16),
+        pytest.param(*("full", False, 1, 1, torch.bfloat16), marks=pytest.mark.slow),
         ("full", False, 1, 1, None),
-        ("full", True, 2, 1, torch.bfloat16),
+        pytest.param(*("full", True, 2, 1, torch.bfloat16), marks=pytest.mark.slow),
         ("full", True, 1, 3, torch.bfloat16),
-        ("lora", False, 2, 1, torch.bfloat16),
+        pytest.param(*("lora", False, 2, 1, torch.bfloat16), marks=pytest.mark.slow),
         ("lora", True, 1, 1, torch.bfloat16),
     ],
 )

@@ -606,7 +606,7 @@ def test_features_and_early_exit_compile_in_one_graph():
         assert torch.equal(feature, expected_feature)
 
 
-@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("per_token", [False, pytest.param(True, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_dynamic_compilation_serves_all_sizes(per_token):
     model = make_model(**ONE_OF_EACH)

@@ -100,6 +100,8 @@ def describe_setting(ablation: Ablation) -> str:
         f" {ablation.num_items(ablation.levels[:1])} items of each level, drawn from seed"
         f" {evaluate.get('seed', 0)}, the same for all."
     ]
+    if evaluate.get("kinds"):
+        lines.append(f"The items are made of these operations alone: {', '.join(evaluate['kinds'])}.")
     for machine in sorted({json.dumps(run.facts["machine"]) for run in runs}):
         facts = [f"{name} {value}" for name, value in json.loads(machine).items()]
         lines.append(f"Run on: {', '.join(facts)}.")
