@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_wan import (
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 TOKEN_STREAMS = ("edit", "text", "visual")
@@ -562,7 +563,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Returns:
             [`RVEDiTContext`]: keys and values of all tokens in all blocks, `4 * batch * num_tokens * dim * num_layers`
-            bytes in half precision. `None` with group offloading, where weights come in the order of `forward`.
+            bytes in half precision. `None` with group offloading and FSDP, where weights are there in `forward` alone.
 
         Raises:
             `ValueError`: as `forward` does.
@@ -578,7 +579,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             source_hidden_states=source_hidden_states,
             attention_kwargs=attention_kwargs,
         )
-        if _is_group_offloaded(self):
+        if _is_group_offloaded(self) or isinstance(self.patch_embedding.weight, DTensor):
             return None
         rotary_emb, visual_rotary_emb = self._rotate(hidden_states, visual_hidden_states, visual_positions)
         source_patches = None if source_hidden_states is None else self.source_embedding(source_hidden_states)
