@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL, PANEL = 128, 224  # longer side of a frame in pixels, in the picture and in the clip
 GAP, LEFT, RIGHT = 6, 176, 132
+SCALE_HEIGHT = 76  # at least, of a bar of colours: the notes beside it have five lines
 TITLE, TEXT, SMALL = (ImageFont.load_default(size=size) for size in (16, 14, 12))
 # black over violet and red to yellow, in equal steps
 RAMP = np.float32([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])
@@ -136,7 +137,8 @@ def write_attention_picture(
     full_width = max(LEFT + len(columns) * part, 640)
     footnotes = [line for note in footnotes for line in textwrap.wrap(note, full_width // 6)]
     top = 68
-    line_height = max(height, 76) + GAP  # the notes beside a map have five lines
+    scale_height = max(height, SCALE_HEIGHT)
+    line_height = scale_height + GAP
     full_height = top + (2 + len(labels)) * line_height + 16 * len(footnotes) + 2 * GAP
     picture = Image.new("RGB", (full_width, full_height), "white")
     draw = ImageDraw.Draw(picture)
@@ -164,7 +166,7 @@ def write_attention_picture(
             if heat is not None:
                 values, outline = heat.values[numbers], column.outline[numbers]
                 cells = [paint(*cell, labels[label], rim) for *cell, rim in zip(source, values, outline)]
-                _draw_scale(picture, left + scale_at, y, height, labels[label], heat)
+                _draw_scale(picture, left + scale_at, y, scale_height, labels[label], heat)
             elif label in labels:
                 draw.text((left, y + height / 2), "not read", fill="dimgrey", font=TEXT, anchor="lm")
                 continue

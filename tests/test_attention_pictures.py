@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from components import make_clip
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from rvedit_diffusers.attention_pictures import (
     GAP,
@@ -43,6 +43,22 @@ def test_outline_runs_inside_of_its_places():
     is_outlined = (picture == OUTLINE).all(-1)
     assert is_outlined[:, 4].all()  # the edges of the frame are none
     assert not is_outlined[:, [0, 1, 2, 3, 5, 6, 7]].any()
+
+
+def test_texts_of_a_wide_clip_do_not_overlap(tmp_path, monkeypatch):
+    boxes, text = [], ImageDraw.ImageDraw.text
+
+    def record(self, xy, string, *args, **kwargs):
+        boxes.append(self.textbbox(xy, string, kwargs["font"], kwargs.get("anchor")))
+        text(self, xy, string, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    heat = HeatMap(np.ones((NUM_FRAMES, 2, 2), np.float32), "%", ["30 tokens", "0 to 1", "changed: 1"])
+    column = Column("a pipeline", make_clip(height=32, width=96), np.zeros((NUM_FRAMES, 2, 2), bool), {LABEL: heat})
+    write_attention_picture(tmp_path / "a.png", "a title", make_clip(height=32, width=96), [column])
+    for index, (left, top, right, bottom) in enumerate(boxes):
+        for other in boxes[:index]:
+            assert left >= other[2] or right <= other[0] or top >= other[3] or bottom <= other[1]
 
 
 def test_picture_has_a_row_for_source_edit_and_map(tmp_path):
