@@ -66,6 +66,16 @@ def scale(text: str) -> float:
     return value
 
 
+def add_clip_arguments(parser: Parser) -> None:
+    """What is edited, how, and by what."""
+    parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change")
+    parser.add_argument(
+        "--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline; default: the embedded checkpoint"
+    )
+    parser.add_argument("--lora", help="folder, file or Hub id of LoRA weights to add to --model")
+
+
 def add_edit_options(parser: Parser) -> None:
     """The options that [`edit`] and [`choose_device`] read."""
     parser.add_argument("--seed", type=natural, default=0, help="seed of the initial noise; default: 0")
@@ -94,12 +104,7 @@ def add_edit_options(parser: Parser) -> None:
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change")
-    parser.add_argument(
-        "--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline; default: the embedded checkpoint"
-    )
-    parser.add_argument("--lora", help="folder, file or Hub id of LoRA weights to add")
+    add_clip_arguments(parser)
     parser.add_argument(
         "--output",
         type=Path,

@@ -24,6 +24,7 @@ from edit_video import (
     DEMO_FPS,
     DTYPES,
     Parser,
+    add_clip_arguments,
     add_edit_options,
     check_weights,
     choose_device,
@@ -35,7 +36,7 @@ from edit_video import (
     staged,
 )
 
-from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, RVEDiTTransformer3DModel
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTTransformer3DModel
 from rvedit_diffusers.attention_maps import (
     BlockAttention,
     changed_places,
@@ -73,12 +74,7 @@ FOOTNOTES = (
 
 def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("video", nargs="?", metavar="VIDEO", help="clip or image to edit")
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to change")
-    parser.add_argument(
-        "--model", default=TINY_CHECKPOINT, help="folder or Hub id of a pipeline; default: the embedded checkpoint"
-    )
-    parser.add_argument("--lora", help="folder, file or Hub id of LoRA weights to add to --model")
+    add_clip_arguments(parser)
     parser.add_argument("--compare", help="folder or Hub id of a second pipeline, to be drawn beside the first one")
     parser.add_argument("--output", type=Path, default=Path("out/attention"), help="folder; default: out/attention")
     parser.add_argument(

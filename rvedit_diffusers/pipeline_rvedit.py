@@ -999,8 +999,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 the autoencoder take away. That costs a second decoding. Otherwise the result is the edited copy. By
                 default, only a clip that was scaled down to be edited, and comes back at its own size, is kept so.
             reuse_context (`bool`, defaults to `True`):
-                Whether to keep the keys and values of all tokens in all blocks, which are the same in every step: it
-                saves time, for `4 * batch * tokens * dim * num_layers` bytes in bfloat16 for each branch of guidance.
+                Whether to keep the keys and values of all tokens in all blocks, which are the same in every step,
+                rather than compute them again. They take `4 * batch * tokens * dim * num_layers` bytes in bfloat16 for
+                each branch of guidance.
 
         Examples:
 

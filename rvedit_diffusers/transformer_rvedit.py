@@ -813,18 +813,29 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                     f"`source_hidden_states` has to be {expected}, got {tuple(source_hidden_states.shape)}."
                 )
 
-        # 3. Token streams
+        # 3. Token streams, or what was made of them
+        visual_shape = None if visual_hidden_states is None else visual_hidden_states.shape[:2]
         if context is not None:
             keys = [key for block in context.blocks for key in (block.key, block.visual_key) if key is not None]
-            if len(context.blocks) != num_blocks or any(key.shape[0] != batch_size for key in keys):
+            num_clips = {len(key) for key in keys}
+            if len(context.blocks) != num_blocks or num_clips != {batch_size}:
                 raise ValueError(
                     f"`context` has to be of {batch_size} clips and {num_blocks} blocks, as `project_context` of this "
-                    f"model returns it, got {keys[0].shape[0]} clips and {len(context.blocks)} blocks."
+                    f"model returns it, got {sorted(num_clips)} clips and {len(context.blocks)} blocks."
                 )
             if context.source_patches is not None and tuple(context.source_patches.shape[2:]) != grid:
                 raise ValueError(
                     f"`context` has to be of {grid} patches, got {tuple(context.source_patches.shape[2:])}."
                 )
+            visual_keys = [block.visual_key for block in context.blocks if block.visual_key is not None]
+            visual_shape = visual_keys[0].shape[:2] if visual_keys else None
+        if visual_shape is not None and visual_attention_mask is not None:
+            if visual_attention_mask.dtype != torch.bool or visual_attention_mask.shape != visual_shape:
+                raise ValueError(
+                    f"`visual_attention_mask` has to be bool of shape {tuple(visual_shape)}, got "
+                    f"{visual_attention_mask.dtype} of {tuple(visual_attention_mask.shape)}."
+                )
+        if context is not None:
             return
         dim = self.config.num_attention_heads * self.config.attention_head_dim
         for index, block in enumerate(self.blocks):
@@ -848,11 +859,3 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             if visual_positions is None or tuple(visual_positions.shape) != expected:
                 got = None if visual_positions is None else tuple(visual_positions.shape)
                 raise ValueError(f"`visual_positions` has to be {tuple(expected)}, got {got}.")
-            if visual_attention_mask is not None and (
-                visual_attention_mask.dtype != torch.bool
-                or visual_attention_mask.shape != visual_hidden_states.shape[:2]
-            ):
-                raise ValueError(
-                    f"`visual_attention_mask` has to be bool of shape {tuple(visual_hidden_states.shape[:2])}, got "
-                    f"{visual_attention_mask.dtype} of {tuple(visual_attention_mask.shape)}."
-                )

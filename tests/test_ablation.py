@@ -518,7 +518,7 @@ def write_run(folder, row, seed, success, flow=1.0, nats=None, seconds=0.5, op_s
     settings = {"transformer": {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 3}}
     settings |= {
         "train": {"max_train_steps": 20, "buckets": "5x32x32", "train_batch_size": 4},
-        "evaluate": {"seed": 1},
+        "evaluate": {"seed": 1, "kinds": ["recolour", "remove"]},
     }
     (folder / "settings.json").write_text(json.dumps(settings))
     return read_outcome(folder, row, seed)
@@ -741,6 +741,7 @@ def test_the_report_says_how_far_it_can_be_trusted(outcomes, tmp_path):
     assert "**Not complete:** runs that are still to be made: 2." in text and "different numbers of seeds" in text
     assert "With 2 seeds the intervals are rough" in text and "```bash\npython it.py\n```" in text
     assert "width 16 with 3 blocks, trained for 20 steps of 4 pairs" in text and "Run on: CPU a CPU, cores 2." in text
+    assert "The items are made of these operations alone: recolour, remove." in text
     assert "(report.png)" in text and path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     ones = [outcome for outcome in outcomes if outcome.seed == 0]
     write_report(path, Ablation(ones, "uniform"), says, ("routed", "uniform"), "python it.py")

@@ -461,13 +461,15 @@ def test_a_context_of_other_sizes_is_refused():
     model, inputs = make_model(), make_inputs()
     context = project(model, inputs)
     one = {name: value[:1] for name, value in inputs.items()}
-    with pytest.raises(ValueError, match="`context` has to be of 1 clips and 3 blocks.* got 2 clips"):
+    with pytest.raises(ValueError, match=r"`context` has to be of 1 clips and 3 blocks.* got \[2\] clips"):
         model(**one, context=context)
     with pytest.raises(ValueError, match="`context` has to be of 2 clips and 2 blocks.* 3 blocks"):
         make_model(num_layers=2)(**inputs, context=context)
     narrow = {name: inputs[name][..., :8] for name in ("hidden_states", "source_hidden_states")}
     with pytest.raises(ValueError, match=r"`context` has to be of \(3, 4, 4\) patches, got \(3, 4, 6\)"):
         model(**inputs | narrow, context=context)
+    with pytest.raises(ValueError, match=r"`visual_attention_mask` has to be bool of shape \(2, 9\), .* \(2, 8\)"):
+        model(**inputs, visual_attention_mask=torch.ones(2, 8, dtype=torch.bool), context=context)
 
 
 # -------------------------------------------------------------------------------------------------------- features

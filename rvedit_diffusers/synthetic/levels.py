@@ -73,12 +73,12 @@ class Plan:
     resize: tuple[str, ...] = ("smaller",)
 
 
-def choices_of(name: str, kinds: frozenset[str] | None) -> list[tuple[str, ...]]:
+def choices_of(name: str, kinds: Sequence[str] | None) -> list[tuple[str, ...]]:
     """What `KINDS` has under a name, of some kinds alone; `None` is all."""
-    return [choice for choice in KINDS[name] if kinds is None or kinds.issuperset(choice)]
+    return [choice for choice in KINDS[name] if kinds is None or set(choice) <= set(kinds)]
 
 
-def draw_plan(rng: np.random.Generator, level: str, kinds: frozenset[str] | None = None) -> Plan:
+def draw_plan(rng: np.random.Generator, level: str, kinds: Sequence[str] | None = None) -> Plan:
     """Draw the kinds of operations of an item, and what scene they need; see [`BenchmarkItems`] for `kinds`."""
 
     def one_of(choices: Sequence):
@@ -234,7 +234,7 @@ def draw_twin(rng: np.random.Generator, stage: Stage, draft: Draft, plan: Plan) 
 
 
 def draw_item(
-    level: str, split: str, seed: int, index: int, kinds: frozenset[str] | None = None, **arguments
+    level: str, split: str, seed: int, index: int, kinds: Sequence[str] | None = None, **arguments
 ) -> BenchmarkItem:
     """Draw an item as a function of the arguments alone; see [`BenchmarkItems`] for them."""
     rng = np.random.default_rng([seed, LEVELS.index(level), list(SPLITS).index(split), index, DRAWN])
@@ -308,7 +308,7 @@ class BenchmarkItems:
             kinds = tuple(sorted(set(kinds)))
             for level in self.levels:
                 names = {"L6": L6_FORMS, "OOD": ("L2",)}.get(level, (level,))
-                if not any(choices_of(name, frozenset(kinds)) for name in names):
+                if not any(choices_of(name, kinds) for name in names):
                     raise ValueError(f"`kinds` has to be enough for each of `levels`, but {level} has none of {kinds}")
         self.seed, self.split, self.kinds = seed, split, kinds
         self.scene_arguments = {"num_frames": num_frames, "height": height, "width": width}
@@ -317,5 +317,4 @@ class BenchmarkItems:
         if index < 0:
             raise IndexError(f"`index` has to be at least 0, but is {index}")
         level = self.levels[index % len(self.levels)]
-        kinds = None if self.kinds is None else frozenset(self.kinds)
-        return draw_item(level, self.split, self.seed, index, kinds, **self.scene_arguments)
+        return draw_item(level, self.split, self.seed, index, self.kinds, **self.scene_arguments)
