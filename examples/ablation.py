@@ -7,7 +7,9 @@ The config is a JSON object:
     base         folder of the pipeline whose autoencoder, MLLM and queries all rows share; its transformer is replaced
     transformer  settings of all rows' transformers, over those of the base's; with another width or `text_dim`, the
                  connectors and the text encoder are new
-    start        optional: folder of a pipeline whose weights all rows begin with, where name and shape agree
+    start        optional: what weights all rows begin with, where name and shape agree: the folder of a pipeline, or
+                 `{"seed": .., "train": {..}}`, a training of the first row's transformer with these options over
+                 those of all rows
     train        options of train.py without what is set here: model, output, cache, seed
     evaluate     options of evaluate.py likewise; its levels include L2 to L6
     seeds        of the trainings
@@ -44,7 +46,7 @@ from edit_video import Parser
 from tqdm import tqdm
 
 from rvedit_diffusers.evaluation.ablation import FACTS, SETTINGS, Ablation, claim_sentence, read_outcome
-from rvedit_diffusers.evaluation.ablation_grid import Run, plan_runs, read_grid
+from rvedit_diffusers.evaluation.ablation_grid import Run, plan_runs, plan_start, read_grid
 from rvedit_diffusers.evaluation.ablation_report import write_report
 from rvedit_diffusers.evaluation.record import write_json
 from rvedit_diffusers.files import replace_folder
@@ -166,7 +168,7 @@ class Machine:
 building = threading.Lock()  # one at a time: initial weights are drawn from the global random state
 
 
-def prepare(run: Run, args: argparse.Namespace) -> None:
+def prepare(run: Run, args: argparse.Namespace, start: Path | None) -> None:
     """Write what a run begins with, and with which settings."""
     run.folder.mkdir(parents=True, exist_ok=True)
     write_json(run.folder / SETTINGS, run.settings)
@@ -174,7 +176,7 @@ def prepare(run: Run, args: argparse.Namespace) -> None:
         return
     with building:
         pipe = build_variant(args.grid["base"], run.settings["transformer"], run.seed)
-        taken = {} if args.grid.get("start") is None else take_over_weights(pipe, args.grid["start"])
+        taken = {} if start is None else take_over_weights(pipe, start)
         partial = run.folder / "init.partial"
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)
@@ -182,10 +184,10 @@ def prepare(run: Run, args: argparse.Namespace) -> None:
         replace_folder(partial, run.folder / "init")
 
 
-def perform(run: Run, args: argparse.Namespace, machine: Machine) -> None:
+def perform(run: Run, args: argparse.Namespace, machine: Machine, start: Path | None) -> None:
     """Train and score a run, from where it was stopped."""
     if not run.is_trained:
-        prepare(run, args)
+        prepare(run, args, start)
         machine.call("train.py", train_options(run, args), run.folder / "train.log")
     machine.call("evaluate.py", evaluate_options(run), run.folder / "evaluate.log")
     facts = {
@@ -203,23 +205,28 @@ def clean(run: Run) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def perform_all(runs: Sequence[Run], args: argparse.Namespace, machine: Machine) -> list[str]:
-    """Perform runs, several at a time, in order; what failed, a line each."""
+def perform_all(runs: Sequence[Run], args: argparse.Namespace, machine: Machine, first_run: Run | None) -> list[str]:
+    """Perform runs, several at a time, in order, after the one that they begin with; what failed, a line each."""
     pending, failed = [run for run in runs if not run.is_finished], []
+    start = args.grid.get("start") if first_run is None else first_run.folder / "pipeline"
     bar = tqdm(total=sum(run.size for run in runs), initial=sum(run.progress for run in runs), unit="step")
     executor = ThreadPoolExecutor(args.processes)
     try:
         first = next((run for run in pending if not run.is_trained), None)
         if first is not None:
-            bar.set_postfix_str("encoding pairs")
-            prepare(first, args)
-            options = train_options(first, args) | {"output": args.cache_dir, "encode_only": True}
             try:
+                if first_run is not None and not first_run.is_trained:
+                    bar.set_postfix_str("training what all begin with")
+                    prepare(first_run, args, None)
+                    machine.call("train.py", train_options(first_run, args), first_run.folder / "train.log")
+                bar.set_postfix_str("encoding pairs")
+                prepare(first, args, start)
+                options = train_options(first, args) | {"output": args.cache_dir, "encode_only": True}
                 machine.call("train.py", options | {"resume_from_checkpoint": None}, args.output / "encode.log")
             except RuntimeError as error:
-                return [f"encoding: {error}"]
+                return [f"before the rows: {error}"]
             bar.unpause()
-        futures = {executor.submit(perform, run, args, machine): run for run in pending}
+        futures = {executor.submit(perform, run, args, machine, start): run for run in pending}
         waiting = set(futures)
         while waiting:
             done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
@@ -270,11 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     seeds = list(dict.fromkeys(args.seeds or args.grid["seeds"]))
     try:
         runs = plan_runs(args.grid, args.output, seeds)
-        for run in runs:
+        first_run = plan_start(args.grid, args.output, runs[0])
+        for run in [*runs, *([first_run] if first_run else [])]:
             run.check()
     except (OSError, ValueError) as error:
         fail(str(error))
-    check_options(args, runs)
+    check_options(args, [*runs, *([first_run] if first_run else [])])
     planned = [run for run in runs if run.seed in seeds]
     failed = []
     if not args.report_only:
@@ -285,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
             except OSError:
                 fail(f"--output {args.output} is in use by another process")
             wanted = [run for run in planned if args.rows is None or run.row in args.rows]
-            failed = perform_all(wanted, args, Machine(lock.fileno()))
+            failed = perform_all(wanted, args, Machine(lock.fileno()), first_run)
     missing = [run for run in planned if not run.is_finished]
     if args.removes_cache and not (missing or args.keep_weights or args.report_only):
         shutil.rmtree(args.cache_dir, ignore_errors=True)

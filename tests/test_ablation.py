@@ -194,6 +194,22 @@ def test_the_report_is_of_what_the_runs_logged(finished):
     assert f"{flow:.4f} [" in text and "torch " + torch.__version__ in text and "Not complete" not in text
 
 
+def test_all_rows_begin_with_one_training(grid, tmp_path):
+    output = tmp_path / "grid"
+    start = {"seed": 7, "train": {"drop_instruction": 0.9, "drop_all": 0.1, "max_train_steps": 1}}
+    called = run(grid | {"start": start, "seeds": [0]}, output)
+    assert called[:2] == [("train.py", output / "start"), ("train.py", output / "cache")] and len(called) == 6
+    text = (output / "ablation.md").read_text()
+    assert "the first row's transformer, of 1 steps, seed 7, with drop_instruction 0.9, drop_all 0.1." in text
+    weights = RVEDiTTransformer3DModel.from_pretrained(output / "start" / "pipeline", subfolder="transformer")
+    for row in ("uniform", "routed"):
+        taken, count = json.loads((output / "seed-0" / row / "taken.json").read_text())["transformer"].split(" of ")
+        assert taken == count and int(count) <= len(list(weights.parameters()))
+    run(grid | {"start": start, "seeds": [0]}, output, "--report_only")
+    with pytest.raises(SystemExit):
+        run(grid | {"start": start | {"seed": 8}, "seeds": [0]}, output)
+
+
 def test_what_is_finished_is_not_run_again(grid, finished):
     output, _, logs = finished
     (output / "ablation.md").unlink()
@@ -278,6 +294,7 @@ def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):
         ({"claim": None}, "`claim` has to be a list"),
         ({"claim": ["routed", "other"]}, "`claim` 'other' is no row"),
         ({"base": "nowhere"}, "`base` has to be the folder of a pipeline, but is nowhere"),
+        ({"start": {"train": {}}}, "`start` has to hold `seed` and `train`, or be the folder of a pipeline"),
         ({"start": "nowhere"}, "`start` has to be the folder of a pipeline, but is nowhere"),
         ({"transformer": {"num_layer": 3}}, "unknown settings: num_layer"),
         ({"transformer": {"attention_head_dim": 16}}, "`train` has to have train_text_encoder"),
@@ -476,6 +493,15 @@ def test_weights_are_taken_over_where_name_and_shape_agree(base, config):
         counts[is_there] += 1
     assert taken["transformer"] == f"{counts[1]} of {sum(counts)}" and min(counts) > 0
     assert taken["text_encoder"] == "{0} of {0}".format(len(list(old.text_encoder.parameters())))
+
+
+def test_a_wider_feed_forward_layer_takes_over_the_narrower_ones_function(base, config):
+    wide = build_variant(base, config | {"ffn_dim": config["ffn_dim"] + 8}, seed=0)
+    taken, first = take_over_weights(wide, base), RVEDiTPipeline.from_pretrained(base).transformer.blocks[0].ffn
+    hidden = torch.randn(2, 3, config["num_attention_heads"] * config["attention_head_dim"])
+    torch.testing.assert_close(wide.transformer.blocks[0].ffn(hidden), first(hidden))
+    assert taken == take_over_weights(build_variant(base, config, seed=0), base)
+    assert wide.transformer.blocks[0].ffn.net[0].proj.weight[-8:].any(), "further units have to be able to learn"
 
 
 def test_words_of_another_tokenizer_are_not_taken_over(base, config, tmp_path):

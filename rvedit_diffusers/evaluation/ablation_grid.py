@@ -134,6 +134,9 @@ def read_grid(path: Path) -> dict:
         if not isinstance(grid.get(name), kind)
     ]
     problems += [f"`{name}` is unknown" for name in grid if name not in (*NEEDED, "start")]
+    start = grid.get("start")
+    if isinstance(start, dict) and (set(start) != {"seed", "train"} or not isinstance(start["train"], dict)):
+        problems.append("`start` has to hold `seed` and `train`, or be the folder of a pipeline")
     if not problems:
         rows = grid["rows"]
         problems += [f"`{place}` may not set `{name}`" for place, name in _out_of_place(grid)]
@@ -161,6 +164,8 @@ def read_grid(path: Path) -> dict:
 
 def _out_of_place(grid: dict) -> list[tuple[str, str]]:
     forbidden = [("train", grid["train"], OWN_TRAIN), ("evaluate", grid["evaluate"], OWN_EVALUATE)]
+    if isinstance(grid.get("start"), dict):
+        forbidden.append(("start.train", grid["start"]["train"], OWN_TRAIN))
     for name, row in grid["rows"].items():
         forbidden.append((f"rows.{name}.train", row.get("train", {}), (*OWN_TRAIN, *SHARED_TRAIN)))
         forbidden.append((f"rows.{name}.transformer", row.get("transformer", {}), SHARED_TRANSFORMER))
@@ -192,7 +197,7 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int]) -> list[Run]:
     common = dict(RVEDiTTransformer3DModel.load_config(base, subfolder="transformer"))
     common = {name: value for name, value in common.items() if name[0] != "_"}
     hashes = {"base (hash)": _hash_files(base, PARTS), "start (hash)": None}
-    if grid.get("start") is not None:
+    if isinstance(grid.get("start"), str):
         if not (Path(grid["start"]) / "model_index.json").is_file():
             raise ValueError(f"`start` has to be the folder of a pipeline, but is {grid['start']}")
         hashes["start (hash)"] = _hash_files(Path(grid["start"]), START_PARTS)
@@ -226,6 +231,7 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int]) -> list[Run]:
                 "transformer": configs[name],
                 "train": grid["train"] | row.get("train", {}),
                 "evaluate": grid["evaluate"],
+                "start": grid.get("start"),
                 "version": version("rvedit_diffusers"),
                 **hashes,
             },
@@ -233,3 +239,18 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int]) -> list[Run]:
         for seed in [*seeds, *sorted(found - set(seeds))]
         for name, row in grid["rows"].items()
     ]
+
+
+def plan_start(grid: dict, output: Path, first: Run) -> Run | None:
+    """The training whose weights all rows begin with, if the grid describes one.
+
+    Args:
+        grid (`dict`): Of [`read_grid`].
+        output (`Path`): Folder of the grid's runs.
+        first ([`Run`]): Of the grid's first row, whose transformer is trained.
+    """
+    start = grid.get("start")
+    if not isinstance(start, dict):
+        return None
+    settings = first.settings | {"train": grid["train"] | start["train"]}
+    return Run("start", start["seed"], output / "start", settings)

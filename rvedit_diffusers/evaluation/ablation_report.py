@@ -102,6 +102,12 @@ def describe_setting(ablation: Ablation) -> str:
     ]
     if evaluate.get("kinds"):
         lines.append(f"The items are made of these operations alone: {', '.join(evaluate['kinds'])}.")
+    if isinstance(start := runs[0].settings.get("start"), dict):
+        options = train | start["train"]
+        changed = [f"{name} {value}" for name, value in start["train"].items() if name != "max_train_steps"]
+        what = ["the first row's transformer", f"of {options['max_train_steps']} steps", f"seed {start['seed']}"]
+        what += [f"with {changed[0]}", *changed[1:]] if changed else []
+        lines.append(f"All rows begin with the weights of one training of {', '.join(what)}.")
     for machine in sorted({json.dumps(run.facts["machine"]) for run in runs}):
         facts = [f"{name} {value}" for name, value in json.loads(machine).items()]
         lines.append(f"Run on: {', '.join(facts)}.")

@@ -121,6 +121,8 @@ def build_variant(base: str | Path, config: dict, seed: int) -> RVEDiTPipeline:
 def take_over_weights(pipe: RVEDiTPipeline, start: str | Path) -> dict[str, str]:
     """Give a pipeline the weights of another one wherever name and shape agree.
 
+    A wider feed-forward layer gets the units of the narrower one, and its further units begin without an effect.
+
     Args:
         pipe ([`RVEDiTPipeline`]): Its transformer, its distiller but for the queries, and its text encoder change. The
             embeddings of the words stay as they are if the two tokenizers differ.
@@ -140,8 +142,15 @@ def take_over_weights(pipe: RVEDiTPipeline, start: str | Path) -> dict[str, str]
         count = 0
         for path in sorted((start / part).glob("*.safetensors")):
             for name, value in load_file(path).items():
-                if name in targets and targets[name].shape == value.shape and (with_words or name != WORDS):
-                    targets[name].copy_(value)
-                    count += 1
+                target = targets.get(name)
+                if target is None or (name == WORDS and not with_words):
+                    continue
+                is_wider = ".ffn." in name and all(n >= m for n, m in zip(target.shape, value.shape, strict=True))
+                if target.shape != value.shape and not is_wider:
+                    continue
+                if target.ndim == 2 and target.shape[1] > value.shape[1]:
+                    target.zero_()  # what further units give
+                target[tuple(map(slice, value.shape))] = value
+                count += 1
         taken[part] = f"{count} of {len(targets)}"
     return taken
