@@ -17,21 +17,28 @@ measured on CUDA, else what `training.memory` estimates for an accelerator. `--d
 """
 
 import argparse
-import json
-import os
 import statistics
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
+from functools import partial
 
 import torch
+from models import (
+    PRESETS,
+    add_arguments,
+    build_transformer,
+    check_arguments,
+    machine,
+    measure_in_turns,
+    spread,
+    to_dtype,
+    turn_ratios,
+    write_result,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop, sdpa_flop
-from tqdm import tqdm
+from torch.utils.flop_counter import FlopCounterMode
 
-from rvedit_diffusers import RVEDiTTransformer3DModel
 from rvedit_diffusers.losses import flow_matching_loss
 from rvedit_diffusers.training.adapters import add_lora
 from rvedit_diffusers.training.branches import EditingBranches
@@ -42,35 +49,6 @@ from rvedit_diffusers.training.samples import Draws
 
 STEPS = ("plain", "align", "naive")
 ALIGN_WEIGHT = 0.05
-# Not every version of PyTorch knows the FLOPs of the CPU's fused attention.
-flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, sdpa_flop)
-flop_registry.setdefault(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, sdpa_backward_flop)
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A transformer and the shapes of its inputs; the latents are those of 81 frames of 480 x 832 by default."""
-
-    num_attention_heads: int
-    attention_head_dim: int
-    ffn_dim: int
-    num_layers: int
-    channels: int = 16
-    latent_size: tuple[int, int, int] = (21, 60, 104)
-    text_dim: int = 4096
-    num_text: int = 512
-    num_edit: int = 256
-    num_visual: int = 1000
-
-
-PRESETS = {
-    "tiny": Preset(4, 64, 512, 3, latent_size=(4, 16, 16), text_dim=64, num_text=16, num_edit=8, num_visual=16),
-    # as deep as Wan 1.3B, so that the reference branch runs through the same share of the blocks
-    "small": Preset(5, 64, 1920, 30, latent_size=(9, 32, 32), text_dim=512, num_text=64, num_edit=32, num_visual=128),
-    "wan-1.3b": Preset(12, 128, 8960, 30),
-    "wan-5b": Preset(24, 128, 14336, 30, channels=48, latent_size=(21, 30, 52)),
-    "wan-14b": Preset(40, 128, 13824, 40),
-}
 
 
 class NaiveBranches(EditingBranches):
@@ -96,7 +74,7 @@ class NaiveBranches(EditingBranches):
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=PRESETS, default="small", help="size of transformer and clips")
+    add_arguments(parser)
     parser.add_argument("--training_type", choices=("lora", "full"), default="lora")
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--compile", action="store_true", help="compile the blocks before the steps are timed")
@@ -104,8 +82,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--align_blocks", type=int, nargs="+", help="default: the last shallow and the first deep one")
     parser.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared in a clip")
     parser.add_argument("--steps", type=int, default=5, help="timed steps of each kind, after one that warms up")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... or meta; default: cuda if there is one, else cpu")
-    parser.add_argument("--output", type=Path, help="JSON file for settings, raw times and ratios")
     args = parser.parse_args(argv)
 
     for name in ("batch_size", "align_tokens", "steps"):
@@ -114,50 +90,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     last_block = PRESETS[args.preset].num_layers - 1
     if args.align_blocks is not None and not all(0 <= block <= last_block for block in args.align_blocks):
         parser.error(f"--align_blocks has to name blocks in [0, {last_block}], but is {args.align_blocks}")
-    if args.output is not None:
-        if args.output.is_dir():
-            parser.error(f"--output has to be a file, but {args.output} is a folder")
-        try:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"--output: {error}")
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if args.preset.startswith("wan") and args.device == "cpu":
-            parser.error(
-                f"--preset {args.preset} needs a GPU, and PyTorch finds none: --device meta counts memory and FLOPs"
-                " without one, --device cpu runs it all the same"
-            )
-    try:
-        args.device = torch.device(args.device)
-    except RuntimeError as error:
-        parser.error(f"--device: {error}")
-    if args.device.type not in ("cpu", "cuda", "meta"):
-        parser.error(f"--device has to be a CPU, a CUDA device or meta, but is {args.device}")
-    if args.device.type == "cuda" and (args.device.index or 0) >= torch.cuda.device_count():
-        parser.error(f"--device {args.device} is not there: PyTorch finds {torch.cuda.device_count()} CUDA devices")
+    check_arguments(parser, args, ("cpu", "cuda", "meta"))
     return args
 
 
 def build_branches(args: argparse.Namespace, device: torch.device) -> dict[str, EditingBranches]:
     """The module of each kind of step, with weights and heads in common, as examples/train.py trains it."""
-    preset = PRESETS[args.preset]
     with torch.device(device):
-        transformer = RVEDiTTransformer3DModel(
-            num_attention_heads=preset.num_attention_heads,
-            attention_head_dim=preset.attention_head_dim,
-            in_channels=preset.channels,
-            source_channels=preset.channels,
-            out_channels=preset.channels,
-            text_dim=preset.text_dim,
-            ffn_dim=preset.ffn_dim,
-            num_layers=preset.num_layers,
-        )
+        transformer = build_transformer(PRESETS[args.preset])
         if args.training_type == "lora":
-            for name, parameter in transformer.named_parameters():
-                if not set(name.split(".")) & set(transformer._keep_in_fp32_modules):
-                    parameter.data = parameter.data.bfloat16()
-            add_lora(transformer)
+            add_lora(to_dtype(transformer, torch.bfloat16))
         if args.gradient_checkpointing:
             transformer.enable_gradient_checkpointing()
         align = EditingBranches(transformer, align_blocks=args.align_blocks).train()
@@ -169,7 +111,6 @@ def build_branches(args: argparse.Namespace, device: torch.device) -> dict[str, 
 def make_samples(args: argparse.Namespace) -> dict[str, dict[str, torch.Tensor]]:
     """What each kind of step trains on: a random clip and random tokens."""
     preset = PRESETS[args.preset]
-    dim = preset.num_attention_heads * preset.attention_head_dim
     latents = torch.randn(preset.channels, *preset.latent_size)
     sample = {
         "latents": latents,
@@ -178,8 +119,8 @@ def make_samples(args: argparse.Namespace) -> dict[str, dict[str, torch.Tensor]]
         "visual_positions": torch.rand(preset.num_visual, 3),
     }
     for prefix in ("", "reference_"):
-        sample[f"{prefix}edit_tokens"] = torch.randn(preset.num_edit, dim)
-        sample[f"{prefix}visual_tokens"] = torch.randn(preset.num_visual, dim)
+        sample[f"{prefix}edit_tokens"] = torch.randn(preset.num_edit, preset.dim)
+        sample[f"{prefix}visual_tokens"] = torch.randn(preset.num_visual, preset.dim)
     sample |= Draws(seed=0, drop_instruction=0, drop_all=0, num_positions=args.align_tokens)(0, latents.shape)
     plain = {name: value for name, value in sample.items() if name != "align_positions"}
     return {"plain": plain, "align": sample, "naive": sample}
@@ -224,29 +165,14 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
         branches["plain"].transformer.compile_repeated_blocks()
     parameters = [parameter for parameter in branches["plain"].parameters() if parameter.requires_grad]
     optimizer = build_optimizer("adamw", parameters, [], 1e-5, 0.01)
-    on_cuda = args.device.type == "cuda"
-    seconds, memory = {name: [] for name in STEPS}, {}
-    clock = time.perf_counter if on_cuda else time.process_time
-    for turn in tqdm(range(args.steps + 1), unit="turn"):
-        for name in STEPS:
-            if on_cuda:
-                torch.cuda.synchronize(args.device)
-                torch.cuda.reset_peak_memory_stats(args.device)
-            started = clock()
-            step_loss(branches[name], batches[name]).backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0).item()
-            optimizer.step()
-            optimizer.zero_grad()
-            if on_cuda:
-                torch.cuda.synchronize(args.device)
-                memory[name] = torch.cuda.max_memory_allocated(args.device)
-            if turn:  # the first one warms up
-                seconds[name].append(clock() - started)
-    return seconds, memory
 
+    def step(name: str) -> None:
+        step_loss(branches[name], batches[name]).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
 
-def spread(values: list[float], spec: str) -> str:
-    return f"{statistics.median(values):{spec}} ({min(values):{spec}}-{max(values):{spec}})"
+    return measure_in_turns({name: partial(step, name) for name in STEPS}, args.device, args.steps)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -258,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
     seconds, memory = ({}, {}) if args.device.type == "meta" else time_steps(args)
     memory = memory or count_memory(args)
 
-    # 2. Ratios; of times within each turn, since a machine's speed may drift from turn to turn
-    turns = {name: [t / p for t, p in zip(times, seconds["plain"])] for name, times in seconds.items()}
+    # 2. Ratios
+    turns = {name: turn_ratios(seconds, name, "plain") for name in seconds}
     ratios = {
         "": {name: statistics.median(values) for name, values in turns.items()},
         "memory_": {name: memory[name] / memory["plain"] for name in STEPS},
@@ -275,26 +201,20 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {name} | {timed} | {used} | {flops[name] / 1e12:,.2f} | {ratios['flops_'][name]:.2f} |")
 
     # 4. JSON
-    if args.output is not None:
-        on_cuda = args.device.type == "cuda"
-        result = {
-            "ratios": {
-                f"train_{name}_{quantity}vs_plain": ratio
-                for quantity, by_step in ratios.items()
-                for name, ratio in by_step.items()
-                if name != "plain"
-            },
-            "settings": vars(args) | {"preset": {"name": args.preset} | asdict(PRESETS[args.preset])},
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(args.device) if on_cuda else f"{os.cpu_count()} CPU cores",
-            "threads": torch.get_num_threads(),
-            "seconds": seconds,
-            "memory_bytes": memory,
-            "flops": flops,
-        }
-        temporary = args.output.with_name(args.output.name + ".partial")
-        temporary.write_text(json.dumps(result, indent=2, default=str) + "\n")
-        temporary.replace(args.output)
+    result = {
+        "ratios": {
+            f"train_{name}_{quantity}vs_plain": ratio
+            for quantity, by_step in ratios.items()
+            for name, ratio in by_step.items()
+            if name != "plain"
+        },
+        "settings": vars(args) | {"preset": {"name": args.preset} | asdict(PRESETS[args.preset])},
+        **machine(args.device),
+        "seconds": seconds,
+        "memory_bytes": memory,
+        "flops": flops,
+    }
+    write_result(args.output, result)
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_naive_gradients_flow_through_both_branches():
     ],
 )
 def test_wrong_options_end_before_a_model_is_built(options, message, monkeypatch, capsys):
-    monkeypatch.setattr(training, "RVEDiTTransformer3DModel", None)
+    monkeypatch.setattr(training, "build_transformer", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as error:
         training.main(["--preset", "tiny", *options])

@@ -69,7 +69,7 @@ def pair_tensors(
     return pair
 
 
-class _LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Follows the storages that operations make until they are freed; `peak` is the most that there were at once."""
 
     def __init__(self, known: Iterable[torch.Tensor]):
@@ -133,7 +133,7 @@ def step_bytes(
             if isinstance(layer, nn.RMSNorm):
                 layer.forward = partial(_rms_norm, layer)
 
-        live = _LiveBytes([*module.parameters(), *module.buffers()])
+        live = LiveBytes([*module.parameters(), *module.buffers()])
         with live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             batch = {
                 name: torch.empty(

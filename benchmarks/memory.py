@@ -1,0 +1,272 @@
+"""What each stage of an edit takes of an accelerator's memory, and what each setting leaves of it.
+
+    python benchmarks/memory.py --preset wan-1.3b --output memory.json
+
+The stages are those of `RVEDiTPipeline`: text encoder, MLLM, VAE encoder, transformer, VAE decoder. On a CUDA device
+an edit is made with each setting, and the peak of each stage is measured. Elsewhere it is counted: the weights that
+the setting has on the device, and the most that the stage's operations hold at once on tensors without data; what they
+use inside, fragments between allocations and CUDA's own part come on top.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.hooks import apply_layerwise_casting
+from models import (
+    PRESETS,
+    Preset,
+    add_arguments,
+    build_pipelines,
+    build_transformer,
+    check_arguments,
+    machine,
+    make_tokens,
+    to_dtype,
+    write_result,
+)
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from rvedit_diffusers import RVEDiTPipeline
+from rvedit_diffusers.tiny import build_tiny_mllm
+from rvedit_diffusers.training.memory import LiveBytes, num_bytes
+
+
+STAGES = {"text": "text_encoder", "tokens": "mllm", "encode": "vae", "denoise": "transformer", "decode": "vae"}
+GIB = 2**30
+STEPS = 50  # of an edit, two calls each, for what is moved to the device
+
+
+def fp8(module: nn.Module) -> None:
+    """Let the weights of large layers rest in 8 bits, as the documentation has it for each model."""
+    skip = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$", "wo")  # diffusers' own, and UMT5's `wo`
+    if hasattr(module, "enable_layerwise_casting"):
+        module.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
+    else:
+        apply_layerwise_casting(module, torch.float8_e4m3fn, torch.bfloat16, skip_modules_pattern=skip)
+
+
+def tile(pipe: RVEDiTPipeline, device: torch.device) -> None:
+    pipe.vae.enable_tiling()
+
+
+def cast(pipe: RVEDiTPipeline, device: torch.device) -> None:
+    for name in ("text_encoder", "mllm", "transformer"):
+        fp8(getattr(pipe, name))
+
+
+def offload_models(pipe: RVEDiTPipeline, device: torch.device) -> None:
+    pipe.enable_model_cpu_offload(device=device)
+
+
+def offload_groups(pipe: RVEDiTPipeline, device: torch.device) -> None:
+    pipe.enable_group_offload(device, offload_type="block_level", num_blocks_per_group=1, use_stream=True)
+
+
+def stay(pipe: RVEDiTPipeline, device: torch.device) -> None:
+    pipe.to(device)
+
+
+# By what is called on the pipeline, the place of the weights last.
+SETTINGS: dict[str, tuple[Callable, ...]] = {
+    "all on the device": (stay,),
+    "model offload": (offload_models,),
+    "model offload, tiled VAE": (tile, offload_models),
+    "model offload, tiled VAE, weights in fp8": (tile, cast, offload_models),
+    "group offload, tiled VAE": (tile, offload_groups),
+}
+
+
+# Counting
+
+
+def build_parts(preset: Preset, *names: str) -> list[nn.Module]:
+    """Models of the pipeline on the meta device, in bfloat16."""
+    text_config = UMT5Config(vocab_size=256384, d_model=preset.text_dim, **preset.text_encoder)
+    builders = {
+        "text_encoder": lambda: UMT5EncoderModel(text_config),
+        "mllm": lambda: build_tiny_mllm("qwen3_vl", **preset.mllm),
+        "vae": lambda: AutoencoderKLWan(**preset.vae),
+        "transformer": lambda: build_transformer(preset),
+    }
+    with torch.device("meta"):
+        return [to_dtype(builders[name]().eval().requires_grad_(False), torch.bfloat16) for name in names]
+
+
+def live_bytes(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
+    """The most that a call's operations hold at once besides the weights; the module is of no use afterwards."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module.to_empty(device="cpu")
+        live = LiveBytes([*module.parameters(), *module.buffers()])
+        with live, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            call(module)
+    return live.peak
+
+
+def stage_bytes(preset: Preset, tiled: bool) -> dict[str, int]:
+    """The most that each stage's operations hold at once; that of the MLLM is what its widest layer does."""
+    dtype, cpu = torch.bfloat16, torch.device("cpu")
+    num_frames, height, width = preset.clip_size
+
+    def denoise(transformer: nn.Module) -> list:
+        latents = torch.empty(1, preset.channels, *preset.latent_size, dtype=dtype)
+        contexts = [transformer.project_context(latents, **make_tokens(preset, cpu, dtype)) for _ in range(2)]
+        velocities = [transformer(latents, torch.empty(1), context=context).sample for context in contexts]
+        return [contexts, velocities]
+
+    def encode(vae: nn.Module) -> object:
+        return vae.encode(torch.empty(1, 3, num_frames, height, width, dtype=dtype))
+
+    def decode(vae: nn.Module) -> object:
+        return vae.decode(torch.empty(1, preset.channels, *preset.latent_size, dtype=dtype))
+
+    def text(encoder: nn.Module) -> object:
+        return encoder(torch.zeros(1, preset.num_text, dtype=torch.int64))
+
+    text_encoder, mllm, transformer, encoder, decoder = build_parts(
+        preset, "text_encoder", "mllm", "transformer", "vae", "vae"
+    )
+    for vae in (encoder, decoder) if tiled else ():
+        vae.enable_tiling()
+    text_config = mllm.config.text_config
+    num_mllm = preset.num_visual + preset.num_edit + 64
+    widest = 3 * text_config.intermediate_size + (text_config.num_hidden_layers + 1) * text_config.hidden_size
+    return {
+        "text": live_bytes(text_encoder, text),
+        "tokens": num_mllm * widest * dtype.itemsize,
+        "encode": live_bytes(encoder, encode),
+        "denoise": live_bytes(transformer, denoise),
+        "decode": live_bytes(decoder, decode),
+    }
+
+
+def weights(module: nn.Module) -> int:
+    return num_bytes([*module.parameters(), *module.buffers()])
+
+
+def streamed_weights(module: nn.Module) -> int:
+    """What block-level group offload with a stream has on the device: all but the blocks, and two of these."""
+    stacks = [layer for layer in module.modules() if isinstance(layer, nn.ModuleList)]
+    outer = [stack for stack in stacks if not any(stack is not o and stack in list(o.modules()) for o in stacks)]
+    blocks = [weights(block) for stack in outer for block in stack]
+    return weights(module) - sum(blocks) + sum(sorted(blocks)[-2:])
+
+
+def count(preset: Preset) -> dict[str, dict]:
+    """Bytes by setting: of each stage, their most, and what an edit of 50 steps with guidance moves to the device."""
+    found, names = {}, ("text_encoder", "mllm", "vae", "transformer")
+    operations = {tiled: stage_bytes(preset, tiled) for tiled in (False, True)}
+    for name, steps in SETTINGS.items():
+        parts = dict(zip(names, build_parts(preset, *names)))
+        if cast in steps:
+            for part in ("text_encoder", "mllm", "transformer"):
+                fp8(parts[part])
+        whole = {part: weights(module) for part, module in parts.items()}
+        place, made = steps[-1], operations[tile in steps]
+        if place is stay:
+            on_device, moved = dict.fromkeys(parts, sum(whole.values())), 0
+        elif place is offload_models:
+            on_device, moved = whole, sum(whole.values()) + whole["vae"]  # the VAE twice
+        else:
+            on_device = {part: streamed_weights(module) for part, module in parts.items()}
+            moved = sum(whole.values()) + whole["vae"] + (2 * STEPS - 1) * whole["transformer"]
+        stages = {stage: on_device[part] + made[stage] for stage, part in STAGES.items()}
+        found[name] = {"stages": stages, "peak": max(stages.values()), "moved": moved}
+    return found
+
+
+# Measuring
+
+
+@contextmanager
+def stage_peaks(pipe: RVEDiTPipeline, device: torch.device) -> Iterator[dict[str, int]]:
+    """Follow the peak of each stage of the calls inside."""
+    peaks = dict.fromkeys(STAGES, 0)
+
+    def followed(stage: str, function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            result = function(*args, **kwargs)
+            torch.cuda.synchronize(device)
+            peaks[stage] = max(peaks[stage], torch.cuda.max_memory_allocated(device))
+            return result
+
+        return call
+
+    methods = {"encode": "encode", "decode": "decode"}
+    for stage, part in STAGES.items():
+        module, method = getattr(pipe, part), methods.get(stage, "forward")
+        setattr(module, method, followed(stage, getattr(module, method)))
+    yield peaks
+    for stage, part in STAGES.items():
+        delattr(getattr(pipe, part), methods.get(stage, "forward"))
+
+
+def measure(preset: Preset, device: torch.device, num_inference_steps: int) -> dict[str, dict]:
+    """Bytes by setting, of each stage of an edit and their most; and the edit's seconds."""
+    found = {}
+    num_frames, height, width = preset.clip_size
+    clip = torch.rand(num_frames, 3, height, width)
+    for name, steps in SETTINGS.items():
+        pipe = build_pipelines(preset, ["ours"], torch.device("cpu"), torch.bfloat16)["ours"]
+        for step in steps:
+            step(pipe, device)
+        with stage_peaks(pipe, device) as peaks:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            pipe(clip, "make it red", num_inference_steps=num_inference_steps, height=height, width=width)
+            end.record()
+            torch.cuda.synchronize(device)
+        found[name] = {"stages": peaks, "peak": max(peaks.values()), "seconds": start.elapsed_time(end) / 1000}
+        del pipe
+        torch.cuda.empty_cache()
+    return found
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--num_inference_steps", type=int, default=4, help="of the edits on a GPU; default: 4")
+    args = parser.parse_args(argv)
+    if args.num_inference_steps < 1:
+        parser.error(f"--num_inference_steps has to be at least 1, but is {args.num_inference_steps}")
+    if args.device is None and not torch.cuda.is_available():
+        args.device = "meta"
+    check_arguments(parser, args, ("cuda", "meta"))
+    return args
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    preset, on_cuda = PRESETS[args.preset], args.device.type == "cuda"
+    found = measure(preset, args.device, args.num_inference_steps) if on_cuda else count(preset)
+    last = "seconds of the edit" if on_cuda else f"moved in {STEPS} steps"
+    print(f"| setting, GiB | {' | '.join(STAGES)} | peak | {last} |")
+    print("|---" * (len(STAGES) + 3) + "|")
+    for name, values in found.items():
+        end = f"{values['seconds']:.1f}" if on_cuda else f"{values['moved'] / GIB:,.1f}"
+        cells = [f"{values['stages'][stage] / GIB:.2f}" for stage in STAGES]
+        print(f"| {name} | {' | '.join(cells)} | {values['peak'] / GIB:.2f} | {end} |")
+    everything = found["all on the device"]["peak"]
+    result = {
+        "ratios": {
+            f"memory {name} vs all on the device": values["peak"] / everything for name, values in found.items()
+        },
+        "settings": vars(args) | {"preset": {"name": args.preset} | asdict(preset)},
+        "is_measured": on_cuda,
+        **(machine(args.device) if on_cuda else {"torch": torch.__version__}),
+        "bytes": found,
+    }
+    write_result(args.output, result)
+
+
+if __name__ == "__main__":
+    main()
