@@ -37,10 +37,10 @@ from models import (
     machine,
     make_tokens,
     measure_in_turns,
+    publish,
     spread,
     to_dtype,
     turn_ratios,
-    write_result,
 )
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -207,10 +207,12 @@ RATIOS = {
 }
 
 
-def print_tables(measured: dict[str, dict], turns: dict[str, list[float]]) -> None:
+def tables(measured: dict[str, dict], turns: dict[str, list[float]]) -> str:
+    """What was measured, in Markdown."""
+    lines = []
     for part, found in measured.items():
-        print(f"\n| {part} | seconds (min-max) | GiB | TFLOPs counted | by formula | share of the attainable speed |")
-        print("|---|---|---|---|---|---|")
+        lines.append(f"| {part} | seconds (min-max) | GiB | TFLOPs counted | by formula | of the attainable speed |")
+        lines.append("|---|---|---|---|---|---|")
         for name, values in found["seconds"].items():
             used = f"{found['memory_bytes'][name] / 2**30:.2f}" if name in found["memory_bytes"] else "-"
             cells = ["-"] * 3
@@ -218,13 +220,14 @@ def print_tables(measured: dict[str, dict], turns: dict[str, list[float]]) -> No
                 flops = found["flops"][name]
                 cells = [f"{flops['counted'] / 1e12:.3f}", f"{flops['formula'] / 1e12:.3f}"]
                 cells.append(f"{flops['attainable_share']:.0%}")
-            print(f"| {name} | {spread(values, '.3g')} | {used} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {spread(values, '.3g')} | {used} | {' | '.join(cells)} |")
         if "compilations" in found:
             counts = ", ".join(f"{name} {count}" for name, count in found["compilations"].items())
-            print(f"\ngraphs compiled: {counts}; graph breaks: {found['graph_breaks']}")
-    print("\n| ratio | median (min-max) |\n|---|---|")
-    for name, values in turns.items():
-        print(f"| {name} | {spread(values, '.3f')} |")
+            lines.append(f"\nGraphs compiled: {counts}; graph breaks: {found['graph_breaks']}.")
+        lines.append("")
+    lines += ["| ratio | median (min-max) |", "|---|---|"]
+    lines += [f"| {name} | {spread(values, '.3f')} |" for name, values in turns.items()]
+    return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -237,14 +240,13 @@ def main(argv: list[str] | None = None) -> None:
         for ratio, (part, name, other) in RATIOS.items()
         if part in measured and other in measured[part]["seconds"]
     }
-    print_tables(measured, turns)
     result = {
         "ratios": {name: statistics.median(values) for name, values in turns.items()},
         "settings": vars(args) | {"preset": {"name": args.preset} | asdict(PRESETS[args.preset])},
         **machine(args.device),
         **measured,
     }
-    write_result(args.output, result)
+    publish(args.output, "inference.py", argv, tables(measured, turns), result)
 
 
 if __name__ == "__main__":

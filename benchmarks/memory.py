@@ -25,8 +25,8 @@ from models import (
     check_arguments,
     machine,
     make_tokens,
+    publish,
     to_dtype,
-    write_result,
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -249,12 +249,11 @@ def main(argv: list[str] | None = None) -> None:
     preset, on_cuda = PRESETS[args.preset], args.device.type == "cuda"
     found = measure(preset, args.device, args.num_inference_steps) if on_cuda else count(preset)
     last = "seconds of the edit" if on_cuda else f"moved in {STEPS} steps"
-    print(f"| setting, GiB | {' | '.join(STAGES)} | peak | {last} |")
-    print("|---" * (len(STAGES) + 3) + "|")
+    lines = [f"| setting, GiB | {' | '.join(STAGES)} | peak | {last} |", "|---" * (len(STAGES) + 3) + "|"]
     for name, values in found.items():
         end = f"{values['seconds']:.1f}" if on_cuda else f"{values['moved'] / GIB:,.1f}"
         cells = [f"{values['stages'][stage] / GIB:.2f}" for stage in STAGES]
-        print(f"| {name} | {' | '.join(cells)} | {values['peak'] / GIB:.2f} | {end} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {values['peak'] / GIB:.2f} | {end} |")
     everything = found["all on the device"]["peak"]
     result = {
         "ratios": {
@@ -265,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
         **(machine(args.device) if on_cuda else {"torch": torch.__version__}),
         "bytes": found,
     }
-    write_result(args.output, result)
+    publish(args.output, "memory.py", argv, "\n".join(lines), result)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -350,10 +352,20 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def write_result(path: Path | None, result: dict) -> None:
-    """Write JSON, whole or not at all."""
+def publish(path: Path | None, script: str, argv: list[str] | None, text: str, result: dict) -> None:
+    """Print Markdown, and write it with all other figures as JSON, whole or not at all.
+
+    Args:
+        path (`Path`, *optional*): The JSON file.
+        script (`str`), argv (`list[str]`, *optional*): The command: a file name here, and its options, `None` for
+            those of the command line.
+        text (`str`): Tables.
+        result (`dict`): Figures by name.
+    """
+    print(text)
     if path is None:
         return
+    command = shlex.join(["python", f"benchmarks/{script}", *(sys.argv[1:] if argv is None else argv)])
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(result, indent=2, default=str) + "\n")
+    temporary.write_text(json.dumps({"command": command, **result, "text": text}, indent=2, default=str) + "\n")
     temporary.replace(path)

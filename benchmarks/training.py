@@ -24,15 +24,16 @@ from functools import partial
 import torch
 from models import (
     PRESETS,
+    Preset,
     add_arguments,
     build_transformer,
     check_arguments,
     machine,
     measure_in_turns,
+    publish,
     spread,
     to_dtype,
     turn_ratios,
-    write_result,
 )
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -108,9 +109,8 @@ def build_branches(args: argparse.Namespace, device: torch.device) -> dict[str, 
     return {"plain": align, "align": align, "naive": naive}
 
 
-def make_samples(args: argparse.Namespace) -> dict[str, dict[str, torch.Tensor]]:
-    """What each kind of step trains on: a random clip and random tokens."""
-    preset = PRESETS[args.preset]
+def make_samples(preset: Preset, num_positions: int) -> dict[str, dict[str, torch.Tensor]]:
+    """What each kind of step trains on: a random clip and random tokens, with positions of tokens to align."""
     latents = torch.randn(preset.channels, *preset.latent_size)
     sample = {
         "latents": latents,
@@ -121,7 +121,7 @@ def make_samples(args: argparse.Namespace) -> dict[str, dict[str, torch.Tensor]]
     for prefix in ("", "reference_"):
         sample[f"{prefix}edit_tokens"] = torch.randn(preset.num_edit, preset.dim)
         sample[f"{prefix}visual_tokens"] = torch.randn(preset.num_visual, preset.dim)
-    sample |= Draws(seed=0, drop_instruction=0, drop_all=0, num_positions=args.align_tokens)(0, latents.shape)
+    sample |= Draws(seed=0, drop_instruction=0, drop_all=0, num_positions=num_positions)(0, latents.shape)
     plain = {name: value for name, value in sample.items() if name != "align_positions"}
     return {"plain": plain, "align": sample, "naive": sample}
 
@@ -140,7 +140,11 @@ def step_loss(branches: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 def count_flops(args: argparse.Namespace) -> dict[str, int]:
     """FLOPs of each kind of step."""
-    branches, samples, cpu = build_branches(args, torch.device("meta")), make_samples(args), torch.device("cpu")
+    branches, samples, cpu = (
+        build_branches(args, torch.device("meta")),
+        make_samples(PRESETS[args.preset], args.align_tokens),
+        torch.device("cpu"),
+    )
     flops = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
         branches["naive"].to_empty(device=cpu)  # on the meta device attention would not be the fused one
@@ -153,13 +157,16 @@ def count_flops(args: argparse.Namespace) -> dict[str, int]:
 
 def count_memory(args: argparse.Namespace) -> dict[str, int]:
     """Bytes that each kind of step takes of an accelerator's memory."""
-    branches, samples = build_branches(args, torch.device("meta")), make_samples(args)
+    branches, samples = (
+        build_branches(args, torch.device("meta")),
+        make_samples(PRESETS[args.preset], args.align_tokens),
+    )
     return {name: estimate_memory(branches[name], samples[name], args.batch_size)["total"] for name in STEPS}
 
 
 def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds of the steps of each kind, which take turns, and on CUDA the most memory of a step of each kind."""
-    branches, samples = build_branches(args, args.device), make_samples(args)
+    branches, samples = build_branches(args, args.device), make_samples(PRESETS[args.preset], args.align_tokens)
     batches = {name: make_batch(samples[name], args.batch_size, args.device) for name in STEPS}
     if args.compile:
         branches["plain"].transformer.compile_repeated_blocks()
@@ -193,12 +200,12 @@ def main(argv: list[str] | None = None) -> None:
     }
 
     # 3. Table
-    print("| step | seconds (min-max) | / plain (min-max) | GiB | / plain | TFLOPs | / plain |")
-    print("|---|---|---|---|---|---|---|")
+    lines = ["| step | seconds (min-max) | / plain (min-max) | GiB | / plain | TFLOPs | / plain |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for name in STEPS:
         timed = f"{spread(seconds[name], '.3g')} | {spread(turns[name], '.2f')}" if seconds else "- | -"
         used = f"{memory[name] / 2**30:.2f} | {ratios['memory_'][name]:.2f}"
-        print(f"| {name} | {timed} | {used} | {flops[name] / 1e12:,.2f} | {ratios['flops_'][name]:.2f} |")
+        lines.append(f"| {name} | {timed} | {used} | {flops[name] / 1e12:,.2f} | {ratios['flops_'][name]:.2f} |")
 
     # 4. JSON
     result = {
@@ -214,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         "memory_bytes": memory,
         "flops": flops,
     }
-    write_result(args.output, result)
+    publish(args.output, "training.py", argv, "\n".join(lines), result)
 
 
 if __name__ == "__main__":

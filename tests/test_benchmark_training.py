@@ -69,7 +69,7 @@ def test_on_meta_no_step_runs(tmp_path, result, capsys):
 )
 def test_flops_without_data_are_those_of_a_step(options):
     args = training.parse_args([*TINY, "--device", "cpu", *options])
-    branches, samples = training.build_branches(args, CPU), training.make_samples(args)
+    branches, samples = training.build_branches(args, CPU), training.make_samples(training.PRESETS["tiny"], 32)
     flops = {}
     for name in training.STEPS:
         with training.FlopCounterMode(display=False) as counter:
@@ -82,7 +82,7 @@ def test_flops_without_data_are_those_of_a_step(options):
 def test_both_kinds_of_alignment_compute_the_same():
     args = training.parse_args([*TINY, "--device", "cpu", "--batch_size", "2"])
     branches = training.build_branches(args, CPU)
-    batch = training.make_batch(training.make_samples(args)["align"], 2, CPU)
+    batch = training.make_batch(training.make_samples(training.PRESETS["tiny"], 32)["align"], 2, CPU)
     with torch.autocast("cpu", torch.bfloat16):
         velocity, align_loss = branches["align"](batch)
         velocities, naive_align_loss = branches["naive"](batch)
@@ -92,7 +92,7 @@ def test_both_kinds_of_alignment_compute_the_same():
 
 def test_naive_gradients_flow_through_both_branches():
     args = training.parse_args([*TINY, "--device", "cpu"])
-    batch = training.make_batch(training.make_samples(args)["align"], 1, CPU)
+    batch = training.make_batch(training.make_samples(training.PRESETS["tiny"], 32)["align"], 1, CPU)
     for name in ("edit_tokens", "reference_edit_tokens"):
         batch[name].requires_grad_()
     branches = training.build_branches(args, CPU)

@@ -1,0 +1,111 @@
+"""Put the results of the benchmarks together in one page.
+
+    python benchmarks/report.py runs/benchmarks/*.json --output docs/performance.md
+
+Each JSON file that a benchmark has written gives a section: its command, its machine and its tables; `growth.py`'s
+gives a picture beside the page as well.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from growth import QUANTITIES, UNITS  # noqa: E402
+
+
+SCRIPTS = ("inference.py", "training.py", "memory.py", "growth.py", "plan.py")  # in the order of the page
+HEAD = """# Speed and memory
+
+Made from the results of `benchmarks/` by `{command}`. Models have random weights. What a table compares took turns in
+one process; seconds are medians with least and most, ratios those of times of one turn. Figures of different sections
+are of different runs: their seconds are not to be compared."""
+
+
+def describe(path: Path) -> tuple[str, dict]:
+    """The script that wrote a file, and what it wrote.
+
+    Raises:
+        ValueError: None did.
+    """
+    try:
+        result = json.loads(path.read_text())
+        return result["command"].split()[1].removeprefix("benchmarks/"), result
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of a benchmark: {error!r}") from error
+
+
+def plot_growth(result: dict, path: Path) -> None:
+    """Each quantity over each axis, both logarithmic."""
+    growth = result["growth"]
+    quantities = [name for name in QUANTITIES if any(name in values for values in growth.values())]
+    figure, axes = plt.subplots(
+        len(quantities), len(growth), figsize=(4 * len(growth), 3 * len(quantities)), squeeze=False
+    )
+    for row, quantity in zip(axes, quantities):
+        for panel, (axis, values) in zip(row, growth.items()):
+            for name, label in (("ours", "RVEDiT"), ("wan", "Wan")):
+                slope = result["exponents"][f"{axis}_{quantity}"][name]
+                figures = [value / UNITS[quantity] for value in values[quantity][name]]
+                panel.plot(values["places"], figures, "o-", label=f"{label}, exponent {slope:.2f}")
+            panel.set(xscale="log", yscale="log", xlabel=axis, ylabel=QUANTITIES[quantity])
+            panel.set_xticks(values["places"], [f"{place:g}" for place in values["places"]])
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="small")
+    figure.tight_layout()
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, dpi=90, format="png")
+    partial.replace(path)
+    plt.close(figure)
+
+
+def section(script: str, result: dict, picture: Path) -> list[str]:
+    preset = result["settings"]["preset"]
+    name = preset["name"] if isinstance(preset, dict) else preset
+    parts = [f"## {script.removesuffix('.py').capitalize()}, {name}", f"```bash\n{result['command']}\n```"]
+    if "device" in result:
+        threads = f", {result['threads']} threads" if "CPU" in result["device"] else ""
+        parts.append(f"{result['device']}{threads}; {result['cpu']}; torch {result['torch']}.")
+    else:
+        parts.append("Counted; nothing was run.")
+    parts.append(result["text"])
+    if script == "growth.py":
+        plot_growth(result, picture)
+        parts.append(f"![Cost over frames, area and batch]({picture.name})")
+    return parts
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of the benchmarks")
+    parser.add_argument("--output", type=Path, required=True, help="the page, a .md file; pictures are beside it")
+    args = parser.parse_args(argv)
+    if args.output.suffix != ".md":
+        parser.error(f"--output has to end in .md, but is {args.output}")
+    try:
+        found = [describe(path) for path in args.results]
+    except ValueError as error:
+        parser.error(str(error))
+    if unknown := [script for script, _ in found if script not in SCRIPTS]:
+        parser.error(f"there is no section for results of {', '.join(unknown)}")
+
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    command = f"python benchmarks/report.py {' '.join(map(str, args.results))} --output {args.output}"
+    parts = [HEAD.format(command=command)]
+    for number, (script, result) in enumerate(sorted(found, key=lambda each: SCRIPTS.index(each[0]))):
+        picture = args.output.with_name(f"{args.output.stem}_{script.removesuffix('.py')}_{number}.png")
+        parts += section(script, result, picture)
+    partial = args.output.with_name(f".{args.output.name}.partial")
+    partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    partial.replace(args.output)
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""What memory.py and growth.py count, what plan.py predicts, and the page that is made of all results."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import growth  # noqa: E402
+import memory  # noqa: E402
+import models  # noqa: E402
+import plan  # noqa: E402
+import report  # noqa: E402
+import training  # noqa: E402
+
+
+TINY = models.PRESETS["tiny"]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A folder of results: what the scripts wrote."""
+    folder = tmp_path_factory.mktemp("results")
+    memory.main(["--preset", "tiny", "--device", "meta", "--output", str(folder / "memory.json")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(growth, "FRAMES", (17, 33))
+        patch.setattr(growth, "AREAS", (1.0, 4.0))
+        patch.setattr(growth, "BATCHES", (1, 2))
+        growth.main(["--preset", "tiny", "--device", "meta", "--output", str(folder / "growth.json")])
+    options = ["--preset", "tiny", "--frames", "13", "--size", "128x128", "--gpus", "2"]
+    plan.main([*options, "--output", str(folder / "plan.json")])
+    return folder
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_each_setting_of_memory_keeps_what_it_says(results):
+    found = read(results, "memory")["bytes"]
+    everything, models_in_turn, tiled, small, groups = found.values()
+    assert list(found) == list(memory.SETTINGS)
+    weights = {
+        name: memory.weights(part)
+        for name, part in zip(
+            ("text_encoder", "mllm", "vae", "transformer"),
+            memory.build_parts(TINY, "text_encoder", "mllm", "vae", "transformer"),
+        )
+    }
+    for stage, part in memory.STAGES.items():
+        assert everything["stages"][stage] - models_in_turn["stages"][stage] == sum(weights.values()) - weights[part]
+        assert tiled["stages"][stage] <= models_in_turn["stages"][stage]
+        assert groups["stages"][stage] <= tiled["stages"][stage]
+    for stage in ("text", "denoise"):
+        assert small["stages"][stage] < tiled["stages"][stage]
+    assert [values["peak"] for values in found.values()] == [max(v["stages"].values()) for v in found.values()]
+    assert everything["moved"] == 0 and models_in_turn["moved"] == sum(weights.values()) + weights["vae"]
+    assert groups["moved"] - models_in_turn["moved"] == 99 * weights["transformer"]
+
+
+def test_two_blocks_of_a_streamed_model_are_on_the_device():
+    (transformer,) = memory.build_parts(TINY, "transformer")
+    block = memory.weights(transformer.blocks[-1])
+    assert memory.streamed_weights(transformer) == memory.weights(transformer) - memory.weights(transformer.blocks[0])
+    assert memory.weights(transformer.blocks[1]) == block > memory.weights(transformer.blocks[0])
+
+
+def test_what_a_call_holds_grows_with_the_clip(results):
+    found = read(results, "growth")
+    for axis in ("frames", "area", "batch"):
+        assert found["growth"][axis]["bytes"]["ours"][1] > 1.5 * found["growth"][axis]["bytes"]["ours"][0]
+    assert found["exponents"]["batch_flops"] == {"ours": pytest.approx(1), "wan": pytest.approx(1)}
+    assert 1 < found["exponents"]["area_flops"]["ours"] < 2
+    assert found["ratios"]["batch_flops_vs_wan"][0] == pytest.approx(found["ratios"]["batch_flops_vs_wan"][1])
+
+
+def test_an_exponent_is_the_power_of_a_power_law():
+    assert growth.exponent([1, 2, 5], [3 * n**1.7 for n in (1, 2, 5)]) == pytest.approx(1.7)
+
+
+@pytest.mark.parametrize("training_type", ["lora", "full"])
+def test_a_plan_counts_the_states_that_a_training_has(training_type):
+    args = training.parse_args(["--preset", "tiny", "--device", "meta", "--training_type", training_type])
+    branches = training.build_branches(args, torch.device("meta"))["align"]
+    found = plan.count_memory(TINY, training_type, checkpointing=True)
+    trained = [parameter for parameter in branches.transformer.parameters() if parameter.requires_grad]
+    assert found["num_trained"] >= sum(parameter.numel() for parameter in trained)
+    assert found["num_weights"] >= sum(parameter.numel() for parameter in branches.transformer.parameters())
+    assert found["optimizer"] == 8 * found["num_trained"]
+    two, many = (plan.total_memory(found, count, "fsdp2") for count in (2, 64))
+    states = found["weights"] + found["gradients"] + found["optimizer"]
+    assert two - many == pytest.approx(states * (1 / 2 - 1 / 64))
+
+
+def test_flops_of_a_plan_are_those_of_the_step():
+    """But for what formulas leave out: the heads of the alignment."""
+    args = training.parse_args(["--preset", "tiny", "--device", "meta", "--training_type", "full"])
+    counted = training.count_flops(args)["plain"]
+    predicted = sum(plan.step_flops(TINY, "full", checkpointing=False, aligned=False).values())
+    assert predicted == pytest.approx(counted, rel=0.05)
+
+
+def test_a_plan_is_checked_against_what_was_measured(results, tmp_path, capsys):
+    flops = plan.step_flops(TINY, "lora", False, False)
+    speed = {"matrix product": 2e9, "attention": 1e9}
+    inference = {"transformer": {"peak_flops_per_second": speed, "flops": {"ours": {"attainable_share": 0.5}}}}
+    seconds = 3 * (flops["linear"] / 2e9 + flops["attention"] / 1e9) / 0.5
+    measured = {
+        "settings": {"preset": {"name": "tiny"}, "training_type": "lora", "gradient_checkpointing": False},
+        "flops": {"plain": 2 * sum(flops.values()), "align": 1},
+        "seconds": {"plain": [seconds], "align": [1]},
+    }
+    for name, content in (("inference", inference), ("training", measured)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    options = ["--preset", "tiny", "--frames", "13", "--size", "128x128", "--gpus", "1"]
+    plan.main([*options, f"--measured={tmp_path}/inference.json", f"--check={tmp_path}/training.json"])
+    shown = capsys.readouterr().out
+    assert "| plain | 0.500 | 0.33 |" in shown and "Speeds (measured): matrix product 0.002 TFLOPs/s" in shown
+    assert "Fits in 90% of the 75 GiB of one: python examples/train.py" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["--preset", "wan-1.3b", "--gpus", "8", "--training_type", "lora"], "examples/accelerate/ddp.yaml"),
+        (["--preset", "wan-14b", "--gpus", "64"], "examples/accelerate/fsdp2.yaml"),
+        (["--preset", "wan-14b", "--gpus", "8", "--gpu", "rtx4090"], "Does not fit in 90% of the 22 GiB of one"),
+    ],
+)
+def test_a_plan_says_how_to_launch(options, says, capsys):
+    plan.main(options)
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training_type", ["lora", "full"])
+def test_a_plan_needs_the_memory_of_the_step(training_type):
+    options = ["--preset", "wan-1.3b", "--device", "meta", "--training_type", training_type]
+    counted = training.count_memory(training.parse_args([*options, "--gradient_checkpointing"]))["align"]
+    planned = plan.total_memory(plan.count_memory(models.PRESETS["wan-1.3b"], training_type, True), 1, "ddp")
+    assert planned == pytest.approx(counted, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "script, options, message",
+    [
+        (plan, ["--size", "480"], "--size has to be HEIGHTxWIDTH in multiples of 32, but is 480"),
+        (plan, ["--size", "480x830"], "--size has to be HEIGHTxWIDTH in multiples of 32, but is 480x830"),
+        (plan, ["--frames", "80"], "--frames has to be a multiple of 4, and 1, but is 80"),
+        (plan, ["--gpus", "0"], "--gpus has to be at least 1, but is 0"),
+        (plan, ["--check", "x.json"], "--check needs --measured"),
+        (plan, ["--measured", "nowhere.json"], "--measured nowhere.json cannot be read"),
+        (memory, ["--device", "cpu"], "--device has to be a CUDA device or meta, but is cpu"),
+        (memory, ["--num_inference_steps", "0"], "--num_inference_steps has to be at least 1, but is 0"),
+        (growth, ["--repeats", "0"], "--repeats has to be at least 1, but is 0"),
+        (report, ["nowhere.json", "--output", "page.md"], "nowhere.json is no result of a benchmark"),
+        (report, [__file__, "--output", "page.md"], "is no result of a benchmark"),
+        (report, [__file__, "--output", "page.html"], "--output has to end in .md, but is page.html"),
+    ],
+)
+def test_wrong_options_end_with_a_message(script, options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(options)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_page_has_all_tables_and_their_commands(results, tmp_path):
+    paths = [str(results / f"{name}.json") for name in ("plan", "growth", "memory")]
+    page = tmp_path / "docs" / "performance.md"
+    report.main([*paths, "--output", str(page)])
+    text = page.read_text()
+    assert [line for line in text.splitlines() if line.startswith("## ")] == [
+        "## Memory, tiny",
+        "## Growth, tiny",
+        "## Plan, tiny",
+    ]
+    for name in ("memory", "growth", "plan"):
+        found = read(results, name)
+        assert found["text"] in text and f"```bash\n{found['command']}\n```" in text
+        assert found["command"].startswith(f"python benchmarks/{name}.py --preset tiny")
+    assert "![Cost over frames, area and batch](performance_growth_1.png)" in text
+    assert {path.name for path in page.parent.iterdir()} == {"performance.md", "performance_growth_1.png"}
