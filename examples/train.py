@@ -36,7 +36,7 @@ from tqdm import tqdm
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
 from rvedit_diffusers.conversion import record_stage
 from rvedit_diffusers.hub import open_repository, upload
-from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss
+from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss, velocity_loss
 from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, TRAIN_LEVELS, BenchmarkItems, SyntheticEdits
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL
@@ -70,6 +70,7 @@ from rvedit_diffusers.training.data import (
     plan_pairs,
     read_pairs,
 )
+from rvedit_diffusers.training.distillation import FewStepTeacher
 from rvedit_diffusers.training.memory import describe_needs
 from rvedit_diffusers.training.meter import LossMeter
 from rvedit_diffusers.training.optimizers import block_matrices, build_optimizer
@@ -88,7 +89,7 @@ OF_STAGE_EDIT = (
     "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
     " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
     " align_reference_latents align_reference_tokens align_negatives align_every align_warmup_steps align_stop_step"
-    " operations edits_per_scene levels kinds"
+    " operations edits_per_scene levels kinds distill_steps distill_substeps distill_guidance_scale"
 ).split()
 # What EditingBranches is told of it.
 ALIGNMENT = (
@@ -226,6 +227,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
     group.add_argument("--align_stop_step", type=int, help="align in the steps before this one alone")
 
+    group = parser.add_argument_group(
+        "distillation", "LoRA: learn from the model without it, in place of the edited clips, to edit in a few steps."
+    )
+    group.add_argument(
+        "--distill_steps", type=int, help="that the LoRA takes, without guidance; default: none is made"
+    )
+    group.add_argument("--distill_substeps", type=int, default=4, help="guided steps of the model for each of them")
+    group.add_argument("--distill_guidance_scale", type=float, help="of the model; default: its own")
+
     group = parser.add_argument_group("checkpoints, validation and log")
     group.add_argument("--checkpointing_steps", type=int, default=500)
     group.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed; default: all are kept")
@@ -259,6 +269,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     least |= dict.fromkeys(("gradient_accumulation_steps", "encode_batch_size", "align_tokens", "align_every"), 1)
     least |= dict.fromkeys(("checkpointing_steps", "logging_steps", "max_nonfinite", "checkpoints_total_limit"), 1)
     least |= dict.fromkeys(("validation_steps", "num_validation_pairs", "num_validation_edits", "num_workers"), 0)
+    least |= dict.fromkeys(("distill_steps", "distill_substeps"), 1)
     least |= dict.fromkeys(("lr_warmup_steps", "max_grad_norm", "weight_decay", "edit_weight", "align_weight"), 0)
     for name, bound in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= bound:
@@ -295,6 +306,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             BenchmarkItems(args.levels, 0, split="train", kinds=args.kinds)
         except ValueError as error:
             parser.error(f"--kinds: {error}")
+    if args.distill_steps is not None and args.stage == "edit":
+        check_distillation(parser, args)
     check_alignment(parser, args)
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
@@ -366,6 +379,16 @@ def check_alignment(parser: argparse.ArgumentParser, args: argparse.Namespace) -
                 "--align_negatives twin reads tokens or states from the cache: it needs --train_distiller connectors"
                 " or none"
             )
+
+
+def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse what has no place beside a teacher, and leave out what the edited clips are for."""
+    if args.training_type != "lora" or args.train_distiller not in (None, "none") or args.train_text_encoder:
+        parser.error("--distill_steps is for a LoRA alone: the model without it is the teacher")
+    for name in ("drop_instruction", "drop_all", "align_weight"):
+        if getattr(args, name) not in (0, parser.get_default(name)):
+            parser.error(f"--distill_steps and --{name} do not go together: the teacher sees all, and is not aligned")
+        setattr(args, name, 0.0)
 
 
 def aligns_with_next(args: argparse.Namespace) -> bool:
@@ -459,6 +482,8 @@ def unsupported(args: argparse.Namespace, accelerator: Accelerator) -> str | Non
         return "--group_offload is for one process: several share out the weights with FSDP2"
     if accelerator.distributed_type == DistributedType.FSDP and (args.layerwise_casting or args.optimizer == "muon"):
         return "--layerwise_casting and --optimizer muon need whole weights, which FSDP2 shares out"
+    if accelerator.distributed_type == DistributedType.FSDP and args.distill_steps is not None:
+        return "--distill_steps needs the model without its LoRA, which FSDP2 shares out with it: use DDP"
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         return "FSDP has to be of version 2: see examples/accelerate/fsdp2.yaml"
     if is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -668,6 +693,23 @@ def main(argv: list[str] | None = None) -> None:
             group["lr"] = rate
         step, spent, nonfinite = state["step"], state["seconds"], state["nonfinite"]
     started = time.monotonic() - spent
+    teacher = None
+    if args.distill_steps is not None:
+        scale = pipe.config.default_guidance_scale
+        scale = scale if args.distill_guidance_scale is None else args.distill_guidance_scale
+        teacher = FewStepTeacher(
+            pipe.transformer,
+            pipe.scheduler,
+            args.distill_steps,
+            args.distill_substeps,
+            scale,
+            null_text["prompt_embeds"],
+        )
+        pipe.register_to_config(  # of the clips that are edited for validation
+            default_num_inference_steps=args.distill_steps,
+            default_guidance_scale=1.0,
+            default_source_guidance_scale=1.0,
+        )
 
     # 3. Batches
     collate = MLLMCollator(pipe.processor) if is_live else torch.utils.data.default_collate
@@ -688,7 +730,7 @@ def main(argv: list[str] | None = None) -> None:
         """Losses of held-out pairs and edits of them, or of training pairs if there are none, to the trackers."""
         metrics = {}
         with averaged(ema, averages):
-            if len(held_out):
+            if len(held_out) and teacher is None:
                 metrics = held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size)
                 # DeepSpeed makes a step of every backward pass
                 if args.align_weight > 0 and is_edit and engine is None:
@@ -762,6 +804,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         with accelerator.accumulate(model):
             with accelerator.autocast():
+                if teacher is not None:
+                    batch = teacher(batch)
                 velocity, align_loss = model(batch)
             if not is_edit:
                 loss = align_loss.mean()
@@ -770,7 +814,10 @@ def main(argv: list[str] | None = None) -> None:
                 weight = None
                 if args.edit_weight:
                     weight = edit_region_weight(batch["latents"], batch["source_latents"], args.edit_weight)
-                flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight)
+                if teacher is None:
+                    flow_loss = flow_matching_loss(velocity, batch["latents"], batch["noise"], weight)
+                else:
+                    flow_loss = velocity_loss(velocity, batch["velocity"], weight)
                 loss = flow_loss.mean()
                 if align_loss is not None:
                     ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
@@ -837,7 +884,12 @@ def main(argv: list[str] | None = None) -> None:
             "optimizer": f"{args.optimizer}, learning rate {args.learning_rate:g}, {args.lr_scheduler}",
             "weights": f"moving average, {args.ema_decay}" if ema is not None else "the last",
         }
-        if is_edit:
+        if teacher is not None:
+            facts["distilled"] = (
+                f"to {args.distill_steps} steps without guidance: `pipe(..., num_inference_steps={args.distill_steps},"
+                f" guidance_scale=1.0)`; from {args.distill_substeps} times as many, guidance {scale:g}"
+            )
+        elif is_edit:
             facts["alignment"] = f"{args.align_loss}, weight {args.align_weight:g}, blocks {branches.align_blocks}"
             if args.align_reference_tokens == "shuffled":
                 facts["alignment"] += ", with the reference tokens of other pairs: a control"

@@ -31,17 +31,31 @@ def sample_sigmas(
 def flow_matching_loss(
     prediction: torch.Tensor, latents: torch.Tensor, noise: torch.Tensor, weight: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Mean squared error against the velocity `noise - latents` of `(1 - sigma) * latents + sigma * noise`.
+    """[`velocity_loss`] against the velocity `noise - latents` of `(1 - sigma) * latents + sigma * noise`.
 
     Args:
         prediction, latents, noise (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Any float
-            dtype; the error is taken in float32.
+            dtype.
+        weight (`torch.Tensor`, *optional*): See [`velocity_loss`].
+
+    Returns:
+        `torch.Tensor` of shape `(batch,)`, float32.
+    """
+    return velocity_loss(prediction, noise.float() - latents.float(), weight)
+
+
+def velocity_loss(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error.
+
+    Args:
+        prediction, target (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): Any float dtype; the
+            error is taken in float32.
         weight (`torch.Tensor`, *optional*): Broadcastable to `prediction`; each clip's is scaled to a mean of 1.
 
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32.
     """
-    error = (prediction.float() - (noise.float() - latents.float())).square()
+    error = (prediction.float() - target.float()).square()
     if weight is not None:
         weight = weight.float().expand_as(error)
         error = error * weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)

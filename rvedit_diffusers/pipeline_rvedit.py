@@ -515,6 +515,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         max_sequence_length,
         keep_detail=None,
         reuse_context=True,
+        sigmas=None,
     ):
         """Check everything but the clips; the arguments are those of the call, defaults filled in, `embeds` all its
         embeddings by name.
@@ -543,6 +544,15 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         ):
             if not is_count(value):
                 raise ValueError(f"`{name}` has to be an integer of at least 1, got {value!r}.")
+        if sigmas is not None:
+            levels = list(sigmas) if isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor)) else []
+            if len(levels) != num_inference_steps or not all(
+                high > low for high, low in zip([1 + 1e-6, *levels], [*levels, 0])
+            ):
+                raise ValueError(
+                    f"`sigmas` has to be a list of {num_inference_steps} falling noise levels in (0, 1], one for each"
+                    f" of `num_inference_steps`, got {sigmas!r}."
+                )
         for name, value in (
             ("guidance_scale", guidance_scale),
             ("source_guidance_scale", source_guidance_scale),
@@ -882,6 +892,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
         guidance_scale: float | None = None,
         source_guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
@@ -941,6 +952,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 Number of denoising steps, at least 1. By default the checkpoint's
                 `config.default_num_inference_steps`: 50, which suits models of Wan's size, unless it was saved with
                 another.
+            sigmas (`Sequence[float]`, *optional*):
+                Noise level of each step, falling, in `(0, 1]`, before the scheduler's shift; the clip is clean after
+                the last. By default the scheduler's own, and with [`~diffusers.FlowMatchEulerDiscreteScheduler`]
+                `1, (n - 1) / n, ..., 1 / n`: its own end with a step at a noise level of nearly 0, which is lost.
             guidance_scale (`float`, *optional*):
                 Strength `s` of the guidance by the instruction; 1 or less turns it off. By default the checkpoint's
                 `config.default_guidance_scale` (5.0 unless saved with another).
@@ -1014,7 +1029,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_inference_steps is None:
-            num_inference_steps = self.config.default_num_inference_steps
+            is_counted = sigmas is None or not isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor))
+            num_inference_steps = self.config.default_num_inference_steps if is_counted else len(sigmas)
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         if source_guidance_scale is None:
@@ -1050,6 +1066,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             max_sequence_length,
             keep_detail,
             reuse_context,
+            sigmas,
         )
         generator = list(generator) if isinstance(generator, tuple) else generator
         clips, rates = load_clips(video, num_frames, self._max_frames(), fps)
@@ -1076,7 +1093,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         latents_shape = self._latents_shape(num_outputs, clips[0], height, width)
 
         # 3. Prepare timesteps and the MLLM's inputs, the last that can be wrong, before any model runs
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if sigmas is None and isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            sigmas = np.linspace(1, 1 / num_inference_steps, num_inference_steps)
+        if sigmas is None:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        else:
+            self.scheduler.set_timesteps(sigmas=[float(sigma) for sigma in sigmas], device=device)
         timesteps = self.scheduler.timesteps
         missing = self._missing_tokens(edit_embeds, visual_embeds)
         mllm_inputs = negative_mllm_inputs = None

@@ -649,6 +649,17 @@ def test_unipc_scheduler_integrates_the_flow(pipe, clip):
     torch.testing.assert_close(result, latents, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sigmas", [None, [1.0, 0.6, 0.1], np.array([0.9, 0.5])])
+def test_every_step_has_a_noise_level_to_remove(pipe, clip, sigmas):
+    """The scheduler's own last step, from a noise level of 0.003, would be lost."""
+    steps = {"num_inference_steps": 4} if sigmas is None else {"sigmas": sigmas}
+    calls = Calls(pipe.transformer)
+    edit(pipe, clip, guidance_scale=1.0, **steps)
+    wanted = torch.tensor([1, 0.75, 0.5, 0.25] if sigmas is None else sigmas).float()
+    torch.testing.assert_close(pipe.scheduler.sigmas[:-1], 3 * wanted / (1 + 2 * wanted))  # the scheduler's shift is 3
+    assert calls.count == len(wanted) and pipe.scheduler.sigmas[-1] == 0
+
+
 @pytest.mark.parametrize(
     "change, name", [({}, "prediction_type"), ({"prediction_type": "flow_prediction"}, "use_flow")]
 )
