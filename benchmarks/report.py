@@ -8,6 +8,7 @@ gives a picture beside the page as well.
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 
 import matplotlib
@@ -22,9 +23,15 @@ from growth import QUANTITIES, UNITS  # noqa: E402
 SCRIPTS = ("inference.py", "training.py", "memory.py", "growth.py", "plan.py")  # in the order of the page
 HEAD = """# Speed and memory
 
-Made from the results of `benchmarks/` by `{command}`. Models have random weights. What a table compares took turns in
-one process; seconds are medians with least and most, ratios those of times of one turn. Figures of different sections
-are of different runs: their seconds are not to be compared."""
+Results of the scripts in `benchmarks/`, put together by
+
+```bash
+{command}
+```
+
+Models have random weights. What a table compares took turns in one process; seconds are medians with least and most,
+ratios those of times of one turn. On a CPU, seconds are the process' own, summed over its threads. Sections are of
+different runs: their seconds are not to be compared."""
 
 
 def describe(path: Path) -> tuple[str, dict]:
@@ -89,18 +96,17 @@ def main(argv: list[str] | None = None) -> None:
     if args.output.suffix != ".md":
         parser.error(f"--output has to end in .md, but is {args.output}")
     try:
-        found = [describe(path) for path in args.results]
+        found = [(*describe(path), path.stem) for path in args.results]
     except ValueError as error:
         parser.error(str(error))
-    if unknown := [script for script, _ in found if script not in SCRIPTS]:
+    if unknown := [script for script, *_ in found if script not in SCRIPTS]:
         parser.error(f"there is no section for results of {', '.join(unknown)}")
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/report.py {' '.join(map(str, args.results))} --output {args.output}"
+    command = shlex.join(["python", "benchmarks/report.py", *map(str, args.results), "--output", str(args.output)])
     parts = [HEAD.format(command=command)]
-    for number, (script, result) in enumerate(sorted(found, key=lambda each: SCRIPTS.index(each[0]))):
-        picture = args.output.with_name(f"{args.output.stem}_{script.removesuffix('.py')}_{number}.png")
-        parts += section(script, result, picture)
+    for script, result, name in sorted(found, key=lambda each: SCRIPTS.index(each[0])):
+        parts += section(script, result, args.output.with_name(f"{args.output.stem}_{name}.png"))
     partial = args.output.with_name(f".{args.output.name}.partial")
     partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     partial.replace(args.output)

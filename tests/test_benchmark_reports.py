@@ -185,5 +185,5 @@ def test_the_page_has_all_tables_and_their_commands(results, tmp_path):
         found = read(results, name)
         assert found["text"] in text and f"```bash\n{found['command']}\n```" in text
         assert found["command"].startswith(f"python benchmarks/{name}.py --preset tiny")
-    assert "![Cost over frames, area and batch](performance_growth_1.png)" in text
-    assert {path.name for path in page.parent.iterdir()} == {"performance.md", "performance_growth_1.png"}
+    assert "![Cost over frames, area and batch](performance_growth.png)" in text
+    assert {path.name for path in page.parent.iterdir()} == {"performance.md", "performance_growth.png"}
