@@ -55,6 +55,7 @@ def test_the_reference_branch_costs_less_than_a_second_branch(result):
     assert 2 < result["ratios"]["train_naive_flops_vs_plain"] < 2.05
 
 
+@pytest.mark.slow
 def test_on_meta_no_step_runs(tmp_path, result, capsys):
     counted = run(tmp_path, "--device", "meta")
     assert counted["seconds"] == {}
