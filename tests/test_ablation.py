@@ -24,7 +24,7 @@ import ablation  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 
-from rvedit_diffusers import RVEDiTPipeline, RVEDiTTransformer3DModel  # noqa: E402
+from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, RVEDiTTransformer3DModel  # noqa: E402
 from rvedit_diffusers.evaluation.ablation import (  # noqa: E402
     Ablation,
     Estimate,
@@ -34,7 +34,7 @@ from rvedit_diffusers.evaluation.ablation import (  # noqa: E402
     verdict,
     with_interval,
 )
-from rvedit_diffusers.evaluation.ablation_grid import plan_runs, read_grid  # noqa: E402
+from rvedit_diffusers.evaluation.ablation_grid import plan_runs, plan_start  # noqa: E402
 from rvedit_diffusers.evaluation.ablation_report import tables, write_report  # noqa: E402
 from rvedit_diffusers.training.options import as_arguments  # noqa: E402
 from rvedit_diffusers.training.sampler import derive_seed  # noqa: E402
@@ -335,10 +335,11 @@ def test_rows_that_are_not_there_are_refused(grid, tmp_path, capsys):
 
 def test_the_default_grid_is_sound(tmp_path, monkeypatch):
     monkeypatch.chdir(SCRIPT.parents[1])
-    grid = read_grid(SCRIPT.with_suffix(".json"))
-    runs = plan_runs(grid, tmp_path, grid["seeds"])
     args = ablation.parse_args([f"--config={SCRIPT.with_suffix('.json')}", f"--output={tmp_path / 'out'}"])
-    ablation.check_options(args, runs)
+    grid = args.grid
+    grid["base"] = str(TINY_CHECKPOINT)  # in the place of what `make tiny` makes first
+    runs = plan_runs(grid, tmp_path, grid["seeds"])
+    ablation.check_options(args, [plan_start(grid, tmp_path, runs[0]), *runs])
     counts = [num_parameters(run.settings["transformer"]) for run in runs]
     assert max(abs(count / counts[0] - 1) for count in counts) < 0.01
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
