@@ -65,9 +65,8 @@ def test_on_meta_no_step_runs(tmp_path, result, capsys):
     assert capsys.readouterr().out.count("| - | -") == 3
 
 
-@pytest.mark.parametrize(
-    "options", [["--training_type", "full"], pytest.param(["--gradient_checkpointing"], marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--training_type", "full"], ["--gradient_checkpointing"]])
 def test_flops_without_data_are_those_of_a_step(options):
     args = training.parse_args([*TINY, "--device", "cpu", *options])
     branches, samples = training.build_branches(args, CPU), training.make_samples(training.PRESETS["tiny"], 32)

@@ -279,7 +279,7 @@ def test_what_is_scored_is_not_scored_again(run, copied, model, monkeypatch):
     assert [row["n"] for row in results(copied)["levels"].values()] == [2, 2]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+@pytest.mark.parametrize("share", [0.4, *(pytest.param(share, marks=pytest.mark.slow) for share in (0.0, 0.8))])
 def test_killed_at_any_moment_it_goes_on_to_the_same_end(run, copied, scored, model, share):
     path = copied / "scores-0.jsonl"
     text = path.read_bytes()
