@@ -1,9 +1,19 @@
 import pytest
 import torch
 from components import build_pipeline, make_clip
+from torch.backends import cuda
 
 
 torch.set_num_threads(1)  # tensors this small are slower on more
+
+
+@pytest.fixture(scope="module", autouse=True)
+def restored_attention_switches():
+    """What a training on a CPU sets for its process does not reach the tests of other files."""
+    flash, reduction = cuda.flash_sdp_enabled(), cuda.fp16_bf16_reduction_math_sdp_allowed()
+    yield
+    cuda.enable_flash_sdp(flash)
+    cuda.allow_fp16_bf16_reduction_math_sdp(reduction)
 
 
 @pytest.fixture
