@@ -308,6 +308,10 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--kinds: {error}")
     if args.distill_steps is not None and args.stage == "edit":
         check_distillation(parser, args)
+    elif args.distill_steps is None:
+        for name in ("distill_substeps", "distill_guidance_scale"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} needs --distill_steps")
     check_alignment(parser, args)
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")

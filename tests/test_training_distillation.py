@@ -142,6 +142,8 @@ def test_a_lora_learns_few_steps(arguments, tmp_path):
         (["--distill_steps=4", "--training_type=full"], "--distill_steps is for a LoRA alone"),
         (["--distill_steps=4", "--train_distiller"], "--distill_steps is for a LoRA alone"),
         (["--distill_steps=4", "--align_weight=0.1"], "--distill_steps and --align_weight do not go together"),
+        (["--distill_substeps=2"], "--distill_substeps needs --distill_steps"),
+        (["--distill_guidance_scale=2"], "--distill_guidance_scale needs --distill_steps"),
         (["--distill_steps=4", "--stage=connect"], "--distill_steps is for --stage edit"),
     ],
 )
