@@ -5,8 +5,8 @@
 The config is a JSON object:
 
     base         folder of the pipeline whose autoencoder, MLLM and queries all rows share; its transformer is replaced
-    transformer  settings of all rows' transformers, over those of the base's; with another width or `text_dim`, the
-                 connectors and the text encoder are new
+    transformer  settings of all rows' transformers, over those of the base's; with another width the connectors are
+                 new, with another `text_dim` the text encoder is
     start        optional: what weights all rows begin with, where name and shape agree: the folder of a pipeline, or
                  `{"seed": .., "train": {..}}`, a training of the first row's transformer with these options over
                  those of all rows

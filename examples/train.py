@@ -153,7 +153,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of the benchmark, for `synthetic`: its items and their twins; one that is named twice comes twice as"
         " often; default: the single edits of --operations",
     )
-    group.add_argument("--kinds", nargs="+", choices=LOCAL + GLOBAL, help="operations of --levels; default: all")
+    group.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=LOCAL + GLOBAL,
+        help="operations of --levels; one that is named twice comes twice as often; default: all",
+    )
     group.add_argument("--operations", nargs="+", choices=operations, default=OPERATIONS, help="of `synthetic`")
     group.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
 

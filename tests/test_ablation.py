@@ -296,7 +296,11 @@ def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):
         ({"start": {"train": {}}}, "`start` has to hold `seed` and `train`, or be the folder of a pipeline"),
         ({"start": "nowhere"}, "`start` has to be the folder of a pipeline, but is nowhere"),
         ({"transformer": {"num_layer": 3}}, "unknown settings: num_layer"),
-        ({"transformer": {"attention_head_dim": 16}}, "`train` has to have train_text_encoder"),
+        ({"transformer": {"text_dim": 8}}, "`train` has to have train_text_encoder: for text_dim 8"),
+        (
+            {"transformer": {"attention_head_dim": 16}, "train": {"max_train_steps": 2, "train_distiller": "none"}},
+            "`train` has to have train_distiller connectors or all: for width 32",
+        ),
         ({"train": {"seed": 3}}, "`train` may not set `seed`"),
         ({"train": {"training_type": "lora"}}, "training_type full"),
         ({"train": {"max_train_steps": 0}}, "--max_train_steps"),
@@ -463,13 +467,15 @@ def test_weights_are_drawn_as_the_model_draws_them(base, config):
     assert not drawn.proj_out.weight.any()
 
 
-@pytest.mark.parametrize("change", [{}, {"attention_head_dim": 16}, {"text_dim": 8}])
-def test_connectors_and_text_encoder_fit_and_all_else_is_the_bases(base, config, change):
+@pytest.mark.parametrize(
+    "change, fresh", [({}, None), ({"attention_head_dim": 16}, "distiller"), ({"text_dim": 8}, "text_encoder")]
+)
+def test_connectors_and_text_encoder_fit_and_all_else_is_the_bases(base, config, change, fresh):
     pipe, old = build_variant(base, config | change, seed=0), RVEDiTPipeline.from_pretrained(base)
     assert pipe.distiller.config.dim == 2 * pipe.transformer.config.attention_head_dim
     assert pipe.text_encoder.config.d_model == pipe.transformer.config.text_dim
     assert torch.equal(pipe.distiller.queries, old.distiller.queries)
-    for part in ("vae", "mllm", *(("distiller", "text_encoder") if not change else ())):
+    for part in {"vae", "mllm", "distiller", "text_encoder"} - {fresh}:
         tensors = getattr(old, part).state_dict()
         assert all(torch.equal(tensor, tensors[name]) for name, tensor in getattr(pipe, part).state_dict().items())
 

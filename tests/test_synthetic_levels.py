@@ -21,7 +21,7 @@ from rvedit_diffusers.synthetic import (
     render,
 )
 from rvedit_diffusers.synthetic.backgrounds import WALLS
-from rvedit_diffusers.synthetic.levels import HELD_OUT_PAIRS
+from rvedit_diffusers.synthetic.levels import HELD_OUT_PAIRS, choices_of
 from rvedit_diffusers.synthetic.manifest import scene_to_json
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, PLACES, apply_operations, follow
 from rvedit_diffusers.synthetic.scenes import STYLES, coverage, grade_frames, stylise_frames
@@ -233,6 +233,19 @@ def test_levels_of_some_kinds_have_no_others(level):
     drawn = [operation.kind for index in range(8) for operation in items[index].operations]
     assert set(drawn) <= set(kinds) and (level == "L0" or len(set(drawn)) > 1)
     assert items[0] == BenchmarkItems(level, 7, num_frames=5, kinds=kinds[::-1])[0]
+
+
+def test_a_kind_that_is_named_twice_comes_twice_as_often():
+    kinds = ("add", "move", "move", "recolour", "grade", "stylise")
+    choices = choices_of("L5", kinds)
+    assert choices.count(("move", "grade")) == 2 * choices.count(("recolour", "grade")) == 2
+    assert set(choices) == set(choices_of("L5", sorted(set(kinds))))
+    assert choices_of("L5", kinds[::-1]) == choices
+    once, twice = (
+        BenchmarkItems("L1", 7, num_frames=5, kinds=k) for k in (("move", "recolour"), ("move", "move", "recolour"))
+    )
+    moves = [sum(items[index].operations[0].kind == "move" for index in range(12)) for items in (once, twice)]
+    assert moves[1] > moves[0]
 
 
 def test_out_of_distribution_items_of_kinds_without_held_out_pairs_have_looks_that_are_held_out():

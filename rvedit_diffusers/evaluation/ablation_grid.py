@@ -202,13 +202,17 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int]) -> list[Run]:
             raise ValueError(f"`start` has to be the folder of a pipeline, but is {grid['start']}")
         hashes["start (hash)"] = _hash_files(Path(grid["start"]), START_PARTS)
     first = common | grid["transformer"]
-    widths = (first["num_attention_heads"] * first["attention_head_dim"], first["text_dim"])
-    old = (RVEDiTTokenDistiller.load_config(base, subfolder="distiller")["dim"], common["text_dim"])
-    learns = grid["train"].get("train_text_encoder") and grid["train"]["train_distiller"] != "none"
-    if widths != old and not learns:
+    width, old = first["num_attention_heads"] * first["attention_head_dim"], common["text_dim"]
+    old_width = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")["dim"]
+    if width != old_width and grid["train"]["train_distiller"] == "none":
         raise ValueError(
-            f"`train` has to have train_text_encoder, and train_distiller connectors or all: of the widths {widths}"
-            f" connectors and text encoder are new ones, as those of `base` are {old}"
+            f"`train` has to have train_distiller connectors or all: for width {width} the connectors are new ones, as"
+            f" that of `base` is {old_width}"
+        )
+    if first["text_dim"] != old and not grid["train"].get("train_text_encoder"):
+        raise ValueError(
+            f"`train` has to have train_text_encoder: for text_dim {first['text_dim']} the text encoder is a new one,"
+            f" as that of `base` is {old}"
         )
     configs, target = {}, None
     for name, row in grid["rows"].items():

@@ -1,5 +1,6 @@
 """The levels of the benchmark: which scenes, operations and wordings an item of each is drawn from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
@@ -74,8 +75,10 @@ class Plan:
 
 
 def choices_of(name: str, kinds: Sequence[str] | None) -> list[tuple[str, ...]]:
-    """What `KINDS` has under a name, of some kinds alone; `None` is all."""
-    return [choice for choice in KINDS[name] if kinds is None or set(choice) <= set(kinds)]
+    """What `KINDS` has under a name, of some kinds alone, a kind that is named twice twice as often; `None` is all."""
+    if kinds is None:
+        return KINDS[name]
+    return [choice for choice in KINDS[name] for _ in range(math.prod(map(kinds.count, choice)))]
 
 
 def draw_plan(rng: np.random.Generator, level: str, kinds: Sequence[str] | None = None) -> Plan:
@@ -271,8 +274,8 @@ class BenchmarkItems:
             looks (`HELD_OUT_LOOKS`) and pairs of operations (`HELD_OUT_PAIRS`) no other level contains. `"test"` shows
             photographs of `TEST_PHOTOS`.
         num_frames, height, width (`int`): The clips, in frames and pixels.
-        kinds (`Sequence[str]`, *optional*): Operations that the items are made of, an easier benchmark. All by
-            default.
+        kinds (`Sequence[str]`, *optional*): Operations that the items are made of, an easier benchmark; one that is
+            named twice comes twice as often. All by default.
 
     Raises:
         ValueError: An argument is none of these, or a level cannot be made of these `kinds`.
@@ -305,7 +308,7 @@ class BenchmarkItems:
         if kinds is not None:
             if not kinds or set(kinds) - set(LOCAL + GLOBAL):
                 raise ValueError(f"`kinds` has to name some of {LOCAL + GLOBAL}, but is {kinds!r}")
-            kinds = tuple(sorted(set(kinds)))
+            kinds = tuple(sorted(kinds))
             for level in self.levels:
                 names = {"L6": L6_FORMS, "OOD": ("L2",)}.get(level, (level,))
                 if not any(choices_of(name, kinds) for name in names):

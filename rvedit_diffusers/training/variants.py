@@ -88,9 +88,9 @@ def build_variant(base: str | Path, config: dict, seed: int) -> RVEDiTPipeline:
     """A pipeline around a new transformer.
 
     Args:
-        base (`str` or `Path`): Folder of the pipeline whose other parts are taken. Where the transformer's width or
-            `text_dim` is not that of this pipeline, the distiller's connectors and the text encoder are new ones that
-            fit; the queries are always the base's, as they belong to the MLLM.
+        base (`str` or `Path`): Folder of the pipeline whose other parts are taken. Where the transformer has another
+            width, the distiller's connectors are new ones that fit, and where it has another `text_dim`, the text
+            encoder is; the queries are always the base's, as they belong to the MLLM.
         config (`dict`): Of the [`RVEDiTTransformer3DModel`].
         seed (`int`): Of what is new, see [`draw_weights`]: variants of one seed agree wherever they can.
 
@@ -103,11 +103,12 @@ def build_variant(base: str | Path, config: dict, seed: int) -> RVEDiTPipeline:
     draw_weights(transformer, seed)
     dim = transformer.config.num_attention_heads * transformer.config.attention_head_dim
     distiller, text_config = pipe.distiller, pipe.text_encoder.config
-    if (dim, transformer.config.text_dim) != (distiller.config.dim, text_config.d_model):
+    if dim != distiller.config.dim:
         settings = {name: distiller.config[name] for name in ("mllm_hidden_size", "num_edit_tokens", "hidden_layer")}
         distiller = RVEDiTTokenDistiller(dim=dim, **settings)
         draw_weights(distiller, seed)
         distiller.queries = pipe.distiller.queries
+    if transformer.config.text_dim != text_config.d_model:
         text_config = copy.deepcopy(text_config)
         text_config.d_model = transformer.config.text_dim
         with torch.random.fork_rng(devices=[]):
