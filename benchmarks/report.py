@@ -2,8 +2,8 @@
 
     python benchmarks/report.py runs/benchmarks/*.json --output docs/performance.md
 
-Each JSON file that a benchmark has written gives a section: its command, its machine and its tables; `growth.py`'s
-gives a picture beside the page as well.
+Each JSON file that a benchmark has written gives a section: its command, its machine and its tables; those of
+`growth.py` and `quality.py` give a picture beside the page as well.
 """
 
 import argparse
@@ -20,7 +20,14 @@ import matplotlib.pyplot as plt  # noqa: E402
 from growth import QUANTITIES, UNITS  # noqa: E402
 
 
-SCRIPTS = ("inference.py", "training.py", "memory.py", "growth.py", "plan.py")  # in the order of the page
+SCRIPTS = (
+    "inference.py",
+    "quality.py",
+    "training.py",
+    "memory.py",
+    "growth.py",
+    "plan.py",
+)  # in the order of the page
 HEAD = """# Speed and memory
 
 Results of the scripts in `benchmarks/`, put together by
@@ -29,9 +36,9 @@ Results of the scripts in `benchmarks/`, put together by
 {command}
 ```
 
-Models have random weights. What a table compares took turns in one process; seconds are medians with least and most,
-ratios those of times of one turn. On a CPU, seconds are the process' own, summed over its threads. Sections are of
-different runs: their seconds are not to be compared."""
+Models have random weights, but where quality is measured. What a table compares took turns in one process; seconds are
+medians with least and most, ratios those of times of one turn. On a CPU, seconds are the process' own, summed over its
+threads. Sections are of different runs: their seconds are not to be compared."""
 
 
 def describe(path: Path) -> tuple[str, dict]:
@@ -65,11 +72,39 @@ def plot_growth(result: dict, path: Path) -> None:
             panel.minorticks_off()
             panel.grid(alpha=0.3)
             panel.legend(fontsize="small")
+    save(figure, path)
+
+
+def plot_quality(result: dict, path: Path) -> None:
+    """Union success over time, each setting a point, those of one kind joined."""
+    found = result["quality"]
+    figure, axes = plt.subplots(figsize=(7, 4))
+    kinds = {name: name.split(",")[0].lstrip("0123456789 ") for name in found}
+    for kind in dict.fromkeys(kinds.values()):
+        rows = [found[name] for name in found if kinds[name] == kind]
+        times, success = [row["time_ratio"] for row in rows], [row["union_success"] for row in rows]
+        errors = [[abs(row["union_success"] - row[f"union_success_{end}"]) for row in rows] for end in ("low", "high")]
+        axes.errorbar(times, success, errors, fmt="o-", capsize=3, alpha=0.8, label=kind)
+    axes.set(
+        xlabel="time of an edit, as a share of the full one's", ylabel="union success", xlim=(0, None), ylim=(0, 1)
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
     figure.tight_layout()
     partial = path.with_name(f".{path.name}.partial")
     figure.savefig(partial, dpi=90, format="png")
     partial.replace(path)
     plt.close(figure)
+
+
+PICTURES = {
+    "growth.py": (plot_growth, "Cost over frames, area and batch"),
+    "quality.py": (plot_quality, "Union success over time"),
+}
 
 
 def section(script: str, result: dict, picture: Path) -> list[str]:
@@ -82,9 +117,10 @@ def section(script: str, result: dict, picture: Path) -> list[str]:
     else:
         parts.append("Counted; nothing was run.")
     parts.append(result["text"])
-    if script == "growth.py":
-        plot_growth(result, picture)
-        parts.append(f"![Cost over frames, area and batch]({picture.name})")
+    if script in PICTURES:
+        plot, caption = PICTURES[script]
+        plot(result, picture)
+        parts.append(f"![{caption}]({picture.name})")
     return parts
 
 
