@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
-from rvedit_diffusers.tiny import build_text_tokenizer, save_tiny_mllm
+from rvedit_diffusers.tiny import build_text_tokenizer, build_tiny_mllm, build_tiny_mllm_processor
 from rvedit_diffusers.training.options import computes_in_bfloat16
 
 
@@ -215,10 +215,12 @@ def build_pipelines(preset: Preset, names: Sequence[str], device: torch.device, 
         scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
         with torch.device(device):
             if name == "ours":
+                mllm = build_tiny_mllm("qwen3_vl", **preset.mllm)
+                patch_size = preset.mllm.get("patch_size", 8)
+                side = 2 * patch_size  # pixels of a visual token; one for two frames
+                frames = min(16, preset.clip_size[0])
                 with tempfile.TemporaryDirectory() as folder:
-                    mllm, _ = save_tiny_mllm(folder, "qwen3_vl", **preset.mllm)
-                    side = preset.mllm.get("patch_size", 8) * 2  # pixels of a visual token; one for two frames
-                    frames = min(16, preset.clip_size[0])
+                    build_tiny_mllm_processor("qwen3_vl", patch_size=patch_size).save_pretrained(folder)
                     processor = RVEDiTProcessor.from_mllm(
                         folder,
                         num_edit_tokens=preset.num_edit,
