@@ -216,6 +216,7 @@ def measure(preset: Preset, device: torch.device, num_inference_steps: int) -> d
     clip = torch.rand(num_frames, 3, height, width)
     for name, steps in SETTINGS.items():
         pipe = build_pipelines(preset, ["ours"], torch.device("cpu"), torch.bfloat16)["ours"]
+        pipe.vae.to(torch.bfloat16)
         for step in steps:
             step(pipe, device)
         with stage_peaks(pipe, device) as peaks:

@@ -198,14 +198,15 @@ def build_pipelines(preset: Preset, names: Sequence[str], device: torch.device, 
         preset ([`Preset`]): Of the transformers and encoders.
         names (`Sequence[str]`): Of `"ours"`, `"lucy"` and `"vace"`. Lucy has one timestep for each token, as its
             released checkpoint does; `"lucy-plain"` has one for the clip.
-        device, dtype: Of all weights; those that models keep in float32 stay so.
+        device, dtype: Of all weights; those that models keep in float32 stay so, and the VAE is in float32, which Lucy
+            and VACE give their clips to it in.
 
     Returns:
         `dict[str, DiffusionPipeline]`
     """
     tokenizer = build_text_tokenizer(model_max_length=preset.num_text)
     with torch.device(device):
-        vae = AutoencoderKLWan(**preset.vae).eval().to(dtype)
+        vae = AutoencoderKLWan(**preset.vae).eval()
         config = UMT5Config(vocab_size=len(tokenizer), d_model=preset.text_dim, **preset.text_encoder)
         text_encoder = UMT5EncoderModel(config).eval().to(dtype)
     shared = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}

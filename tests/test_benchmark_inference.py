@@ -43,6 +43,11 @@ def test_ratios_are_those_of_the_times(result):
     assert result["settings"]["preset"]["name"] == "tiny" and result["torch"] == torch.__version__
 
 
+def test_edits_run_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(inference, "default_dtype", lambda device: torch.bfloat16)
+    inference.main([*TINY, "--parts", "edit"])
+
+
 def test_formulas_count_what_calls_do(result):
     found = result["transformer"]["flops"]
     assert set(found) == {"ours", "ours, context in each call", "wan"}
