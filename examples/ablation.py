@@ -20,7 +20,9 @@ The config is a JSON object:
 All rows have as many parameters as the first, within 1 %, by the width of their feed-forward layers; the same pairs in
 the same order, named by `data_seed` of `train`, 0 by default; and the same noise and initial weights of a seed.
 Runs go seed by seed. The same command goes on with what was stopped, and makes the report again of what is finished;
-rows and seeds may be added. What a run leaves is its log, its scores and what it was run with.
+rows and seeds may be added. What a run leaves is its log, its scores and what it was run with. The report has a JSON
+file of the same name beside it with all that it was made of: runs that are in there are not made again, so that it
+stands for the folder of runs.
 """
 
 import argparse
@@ -45,7 +47,16 @@ import train
 from edit_video import Parser
 from tqdm import tqdm
 
-from rvedit_diffusers.evaluation.ablation import FACTS, SETTINGS, Ablation, claim_sentence, read_outcome
+from rvedit_diffusers.evaluation.ablation import (
+    FACTS,
+    SETTINGS,
+    Ablation,
+    Outcome,
+    claim_sentence,
+    read_outcome,
+    read_outcomes,
+    write_outcomes,
+)
 from rvedit_diffusers.evaluation.ablation_grid import Run, plan_runs, plan_start, read_grid
 from rvedit_diffusers.evaluation.ablation_report import write_report
 from rvedit_diffusers.evaluation.record import write_json
@@ -68,7 +79,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, each with one thread; default: 1")
     parser.add_argument("--keep_weights", action="store_true", help="keep pipelines, checkpoints and clips")
-    parser.add_argument("--report", type=Path, help="default: OUTPUT/ablation.md; the picture is beside it")
+    parser.add_argument("--report", type=Path, help="default: OUTPUT/ablation.md; beside it are a .png and a .json")
     parser.add_argument("--report_only", action="store_true", help="of what is finished; nothing is run")
     args = parser.parse_args(argv)
     if args.processes < 1:
@@ -247,14 +258,17 @@ def perform_all(runs: Sequence[Run], args: argparse.Namespace, machine: Machine,
     return failed
 
 
-def report(args: argparse.Namespace, runs: Sequence[Run], num_missing: int) -> None:
-    """Write the report of the runs that are finished, in the order of the config's rows.
+def report(args: argparse.Namespace, runs: Sequence[Run], known: dict[tuple[str, int], Outcome], num_missing: int):
+    """Write the report of the runs that are finished or known, in the order of the config's rows.
 
     Raises:
         ValueError: None is.
     """
     names = list(args.grid["rows"])
-    outcomes = [read_outcome(run.folder, run.row, run.seed) for run in sorted(runs, key=lambda r: names.index(r.row))]
+    outcomes = [
+        read_outcome(run.folder, run.row, run.seed) or known.get((run.row, run.seed))
+        for run in sorted(runs, key=lambda run: names.index(run.row))
+    ]
     outcomes = [outcome for outcome in outcomes if outcome is not None]
     if not outcomes:
         raise ValueError(f"{args.output} holds no finished run to report")
@@ -262,6 +276,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run], num_missing: int) -> N
     command = ["python", "examples/ablation.py", "--config", args.config, "--output", args.output]
     command = shlex.join(map(str, [*command, "--report", args.report]))
     says = {name: row["says"] for name, row in args.grid["rows"].items()}
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    write_outcomes(args.report.with_suffix(".json"), outcomes)
     write_report(args.report, ablation, says, tuple(args.grid["claim"]), command, num_missing)
     print(claim_sentence(ablation, *args.grid["claim"]))
     print(f"wrote {args.report} and {args.report.with_suffix('.png')}")
@@ -276,14 +292,17 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     seeds = list(dict.fromkeys(args.seeds or args.grid["seeds"]))
     try:
-        runs = plan_runs(args.grid, args.output, seeds)
+        record = args.report.with_suffix(".json")
+        known = read_outcomes(record)
+        runs = plan_runs(args.grid, args.output, seeds, [seed for row, seed in known])
         first_run = plan_start(args.grid, args.output, runs[0])
         for run in [*runs, *([first_run] if first_run else [])]:
-            run.check()
+            outcome = known.get((run.row, run.seed))
+            run.check(None if outcome is None else outcome.settings, record)
     except (OSError, ValueError) as error:
         fail(str(error))
     check_options(args, [*runs, *([first_run] if first_run else [])])
-    planned = [run for run in runs if run.seed in seeds]
+    planned = [run for run in runs if run.seed in seeds and (run.row, run.seed) not in known]
     failed = []
     if not args.report_only:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -298,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.removes_cache and not (missing or args.keep_weights or args.report_only):
         shutil.rmtree(args.cache_dir, ignore_errors=True)
     try:
-        report(args, runs, len(missing))
+        report(args, runs, known, len(missing))
     except ValueError as error:
         fail("; ".join([str(error), *failed]), 1)
     if failed:

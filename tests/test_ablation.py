@@ -211,7 +211,8 @@ def test_all_rows_begin_with_one_training(grid, tmp_path):
 
 def test_what_is_finished_is_not_run_again(grid, finished):
     output, _, logs = finished
-    (output / "ablation.md").unlink()
+    for suffix in ("md", "json"):
+        (output / f"ablation.{suffix}").unlink()
     assert run(grid, output) == []
     assert (output / "ablation.md").is_file() and read_logs(output) == logs
 
@@ -273,6 +274,33 @@ def test_rows_words_and_seeds_may_be_added(grid, finished, tmp_path):
     run(grid | {"rows": more, "seeds": [0]}, output, "--report_only")
     text = (output / "ablation.md").read_text()
     assert "still to be made: 1." in text and "the same" in text and "| 0, 1 |" in text
+
+
+def test_the_file_beside_the_report_stands_for_the_runs(grid, finished, tmp_path, capsys):
+    output = tmp_path / "grid"
+    (tmp_path / "docs").mkdir()
+    page = Path(shutil.copy(finished[0] / "ablation.json", tmp_path / "docs")).with_suffix(".md")
+    assert run(grid, output, "--report", page) == []
+    figures, first = (
+        text[text.index("## Union success") :]
+        for text in (page.read_text(), (finished[0] / "ablation.md").read_text())
+    )
+    assert figures == first
+    assert page.with_suffix(".json").read_text() == (finished[0] / "ablation.json").read_text()
+    more = grid["rows"] | {"third": {"says": "another"}}
+    run(grid | {"rows": more, "seeds": [0]}, output, "--report", page, "--report_only")
+    assert "still to be made: 1." in page.read_text()
+    with pytest.raises(SystemExit) as error:
+        run(grid | {"evaluate": grid["evaluate"] | {"seed": 3}}, output, "--report", page)
+    assert error.value.code == 2
+    assert (
+        f"{page.with_suffix('.json')} was made with other settings: delete it, or name another --report"
+        in capsys.readouterr().err
+    )
+    page.with_suffix(".json").write_text('{"runs": [{}]}')
+    with pytest.raises(SystemExit):
+        run(grid, output, "--report", page)
+    assert "does not hold the runs of an ablation" in capsys.readouterr().err
 
 
 def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):

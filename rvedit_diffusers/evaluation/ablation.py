@@ -90,6 +90,40 @@ def read_outcome(folder: str | Path, row: str, seed: int) -> Outcome | None:
     return Outcome(row, seed, scores, curve, figures, facts, settings)
 
 
+def write_outcomes(path: str | Path, outcomes: Sequence[Outcome]) -> None:
+    """Write finished runs to one JSON file, which has all that a report is made of."""
+    path, lines = Path(path), []
+    for run in outcomes:
+        scores = {level: {name: v.tolist() for name, v in each.items()} for level, each in run.scores.items()}
+        lines.append(json.dumps(vars(run) | {"scores": scores}))
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text('{"runs": [\n' + ",\n".join(lines) + "\n]}\n")
+    partial.replace(path)
+
+
+def read_outcomes(path: str | Path) -> dict[tuple[str, int], Outcome]:
+    """What [`write_outcomes`] wrote, by row and seed; nothing if there is no such file.
+
+    Raises:
+        ValueError: The file holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        found = {}
+        for run in json.loads(path.read_text())["runs"]:
+            scores = {
+                level: {name: np.array(values, np.float64) for name, values in each.items()}
+                for level, each in run["scores"].items()
+            }
+            curve = [(step, loss) for step, loss in run["curve"]]
+            found[run["row"], run["seed"]] = Outcome(**run | {"scores": scores, "curve": curve})
+        return found
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold the runs of an ablation: {error!r}") from error
+
+
 def estimate(values: Mapping[str, np.ndarray]) -> Estimate:
     """The mean over levels with the interval of a two-level bootstrap: of seeds, then of items.
 

@@ -88,21 +88,25 @@ class Run:
             steps = max((entry["step"] for entry in read_log(log)), default=0)
         return steps + sum(path.read_bytes().count(b"\n") for path in self.folder.glob("scores/scores-*.jsonl"))
 
-    def check(self) -> None:
-        """Compare with the settings that the folder was begun with, if it was.
+    def check(self, known: dict | None = None, source: Path | None = None) -> None:
+        """Compare with the settings that the folder was begun with, if it was, and with those of a file of runs.
+
+        Args:
+            known (`dict`, *optional*): The settings of this run in the file.
+            source (`Path`, *optional*): The file.
 
         Raises:
             ValueError: Some are others; they are listed.
         """
         path = self.folder / SETTINGS
-        if not path.is_file():
-            return
-        changed = differences(_flat(json.loads(path.read_text())), _flat(json.loads(json.dumps(self.settings))))
-        if changed:
-            what = "\n  ".join(changed)
-            raise ValueError(
-                f"{self.folder} was made with other settings: delete it, or name another folder\n  {what}"
-            )
+        begun = json.loads(path.read_text()) if path.is_file() else None
+        for place, settings, kind in ((self.folder, begun, "folder"), (source, known, "--report")):
+            if settings is None:
+                continue
+            changed = differences(_flat(settings), _flat(json.loads(json.dumps(self.settings))))
+            if changed:
+                what = "\n  ".join(changed)
+                raise ValueError(f"{place} was made with other settings: delete it, or name another {kind}\n  {what}")
 
 
 def _flat(settings: dict) -> dict:
@@ -179,13 +183,13 @@ def _hash_files(folder: Path, parts: Sequence[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def plan_runs(grid: dict, output: Path, seeds: Sequence[int]) -> list[Run]:
+def plan_runs(grid: dict, output: Path, seeds: Sequence[int], others: Sequence[int] = ()) -> list[Run]:
     """All runs of a grid, seed by seed.
 
     Args:
         grid (`dict`): Of [`read_grid`].
         output (`Path`): Folder of the grid's runs.
-        seeds (`Sequence[int]`): To be run; those of other seeds that are there come after.
+        seeds (`Sequence[int]`): To be run; `others`, and those of other seeds that are there, come after.
 
     Raises:
         ValueError: There is no pipeline where the config says; a setting of a transformer is unknown; no width gives a
@@ -225,7 +229,7 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int]) -> list[Run]:
         except ValueError as error:
             raise ValueError(f"`rows` {name!r}: {error}") from error
 
-    found = {int(path.name[5:]) for path in output.glob("seed-*") if path.name[5:].isdigit()}
+    found = {int(path.name[5:]) for path in output.glob("seed-*") if path.name[5:].isdigit()} | set(others)
     return [
         Run(
             name,
