@@ -20,7 +20,7 @@ demo: .venv/installed
 
 # Small tensors: one thread a process beats two, and two processes use two cores.
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # What takes minutes, such as twenty trainings that are killed at random moments.
 test-slow: .venv/installed

@@ -293,6 +293,13 @@ def bitsandbytes_nf4():
     return {name: transformers.BitsAndBytesConfig(**config) for name in ("mllm", "text_encoder")}
 
 
+@pytest.fixture(autouse=True)
+def layers_of_any_width_in_4_bits(monkeypatch):
+    """On CPUs with AVX-512's bfloat16, bitsandbytes packs 4-bit weights for a kernel that takes multiples of 32."""
+    if "bitsandbytes" in sys.modules:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 QUANTIZATIONS = [torchao_int8, torchao_float8, bitsandbytes_int8, bitsandbytes_nf4]
 LINEAR = {
     "transformer": "blocks.1.attn2.add_v_proj",

@@ -53,14 +53,14 @@ def digest(data: bytes) -> str:
 @pytest.mark.parametrize(
     "arguments, graphs, frames",
     [
-        ({"seed": 3}, "782b9e3058cc617e", "5425770641bfb1c8"),
-        ({"seed": 5_000_000, "num_frames": 9, "photos": TEST_PHOTOS}, "c94dad488688acd7", "97dcc8b36094fd1a"),
+        ({"seed": 3}, "782b9e3058cc617e", "b6b9ff914a01735f"),
+        ({"seed": 5_000_000, "num_frames": 9, "photos": TEST_PHOTOS}, "c94dad488688acd7", "c19f70e99df7045b"),
         (
             {"seed": 7, "num_frames": 5, "height": 48, "width": 80, "operations": OPERATIONS + NEW_OPERATIONS},
             "334d20f97e6806b0",
-            "1ae24dc6bd55e475",
+            "94111d5f5671d043",
         ),
-        ({"seed": 1, "num_frames": 6, "edits_per_scene": 4}, "013e3bc322766f39", "7570431f9bbe757d"),
+        ({"seed": 1, "num_frames": 6, "edits_per_scene": 4}, "013e3bc322766f39", "ea9f84d7bc9612c3"),
     ],
 )
 def test_seeds_draw_what_they_always_drew(arguments, graphs, frames):

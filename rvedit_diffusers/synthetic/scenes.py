@@ -172,9 +172,10 @@ def coverage(
     pixels that are wanted.
     """
     thing, shorter = scene.objects[index], min(scene.height, scene.width)
-    path = np.asarray(thing.path, dtype=np.float32) * np.array([scene.width, scene.height], np.float32)
-    x = np.arange(scene.width, dtype=np.float32)[None, None, columns] + 0.5 - path[:, 0, None, None]
-    y = np.arange(scene.height, dtype=np.float32)[None, rows, None] + 0.5 - path[:, 1, None, None]
+    # in float64: machines differ in the last digits of arctan and its like, which float32 would show in some pixels
+    path = np.asarray(thing.path) * (scene.width, scene.height)
+    x = np.arange(scene.width)[None, None, columns] + 0.5 - path[:, 0, None, None]
+    y = np.arange(scene.height)[None, rows, None] + 0.5 - path[:, 1, None, None]
     x, y = np.broadcast_arrays(x, y)
     distance = signed_distance(thing.shape, x, y, thing.radius * shorter) - margin * shorter
     return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
@@ -191,13 +192,18 @@ def extent(scene: Scene, index: int, margin: float = 0.0) -> tuple[slice, slice]
     return slice(low[1], high[1]), slice(low[0], high[0])
 
 
+def brightness(frames: np.ndarray) -> np.ndarray:
+    """Luma of `(..., 3)` frames; summed by hand, as the order of a matrix product's sums is the machine's."""
+    red, green, blue = np.moveaxis(frames, -1, 0)
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
 def grade_frames(frames: np.ndarray, grade: str | None) -> np.ndarray:
     """Apply a colour grade to `(..., 3)` float frames in [0, 1]."""
     if grade is None:
         return frames
     if grade == "grey":
-        luma = frames @ np.array([0.299, 0.587, 0.114], np.float32)
-        return np.repeat(luma[..., None], 3, -1)
+        return np.repeat(brightness(frames)[..., None], 3, -1)
     if grade == "warm":
         return np.clip(frames * np.array([1.15, 1.0, 0.65], np.float32) + np.array([0.06, 0.0, 0.0], np.float32), 0, 1)
     if grade == "cold":
@@ -219,16 +225,16 @@ def stylise_frames(frames: np.ndarray, style: str | None) -> np.ndarray:
     if style is None:
         return frames
     if style == "sketch":  # dark lines where the brightness changes, on white paper
-        luma = frames @ np.array([0.299, 0.587, 0.114], np.float32)
+        luma = brightness(frames)
         padded = np.pad(luma, ((0, 0), (1, 1), (1, 1)), mode="edge")
         across = padded[:, 1:-1, 2:] - padded[:, 1:-1, :-2]
         down = padded[:, 2:, 1:-1] - padded[:, :-2, 1:-1]
         lines = np.clip(1.0 - 2.5 * np.sqrt(across**2 + down**2), 0.0, 1.0)
         return np.repeat(lines[..., None], 3, -1)
     if style == "poster":  # few levels a channel: a staircase with steep, finite steps
-        levels = np.float32(3.0)
+        frames = frames.astype(np.float64)
         for _ in range(3):
-            frames = frames - np.sin(2 * np.pi * levels * frames) / (2 * np.pi * levels)
+            frames = frames - np.sin(6 * np.pi * frames) / (6 * np.pi)  # 1 / 3 apart
         return np.clip(frames, 0.0, 1.0).astype(np.float32)
     if style == "mosaic":  # tiles of a sixteenth of the shorter side
         tile = max(2, min(frames.shape[1:3]) // 16)
