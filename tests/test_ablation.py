@@ -365,9 +365,10 @@ def test_rows_that_are_not_there_are_refused(grid, tmp_path, capsys):
     assert "--rows other: is none of uniform, routed" in capsys.readouterr().err
 
 
-def test_the_default_grid_is_sound(tmp_path, monkeypatch):
+@pytest.mark.parametrize("config", sorted(SCRIPT.parent.glob("ablation*.json")), ids=lambda path: path.stem)
+def test_the_grids_are_sound(tmp_path, monkeypatch, config):
     monkeypatch.chdir(SCRIPT.parents[1])
-    args = ablation.parse_args([f"--config={SCRIPT.with_suffix('.json')}", f"--output={tmp_path / 'out'}"])
+    args = ablation.parse_args([f"--config={config}", f"--output={tmp_path / 'out'}"])
     grid = args.grid
     grid["base"] = str(TINY_CHECKPOINT)  # in the place of what `make tiny` makes first
     runs = plan_runs(grid, tmp_path, grid["seeds"])
