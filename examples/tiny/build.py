@@ -13,6 +13,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, T5Tokenizer, UMT5Co
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
 from rvedit_diffusers.synthetic.wording import clauses
 from rvedit_diffusers.tiny import build_text_tokenizer, take_over_embeddings
+from rvedit_diffusers.transformer_rvedit import TOKEN_STREAMS
 
 
 TEXT_WIDTH = 96
@@ -54,12 +55,16 @@ def main() -> None:
         freq_dim=128,
         ffn_dim=3 * distiller.config.dim,
         num_layers=6,
+        # docs/ablation.md: at this size what reads everything edits best
+        shallow_tokens=TOKEN_STREAMS,
+        deep_tokens=TOKEN_STREAMS,
         rope_max_seq_len=256,
     )
     # the velocity starts at zero
     torch.nn.init.zeros_(transformer.proj_out.weight)
     if args.start is not None:
-        transformer = RVEDiTTransformer3DModel.from_pretrained(args.start / "transformer", torch_dtype=torch.float32)
+        started = RVEDiTTransformer3DModel.from_pretrained(args.start / "transformer", torch_dtype=torch.float32)
+        transformer.load_state_dict(started.state_dict(), strict=False)  # it may have read fewer tokens
         connected = RVEDiTTokenDistiller.from_pretrained(args.start / "distiller", torch_dtype=torch.float32)
         connected.queries = distiller.queries
         distiller = connected

@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,11 +18,27 @@ from safetensors import safe_open
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 from rvedit_diffusers.files import replace_folder
 from rvedit_diffusers.model_card import APACHE, fill_model_card, markdown_table
-from rvedit_diffusers.training.checkpoint import checkpoints, read_state
+from rvedit_diffusers.training.checkpoint import read_log
 
 
 def last(log: Path) -> dict:
     return json.loads(log.read_text().splitlines()[-1])
+
+
+def joined_logs(folders: Sequence[Path]) -> list[dict]:
+    """The logs of trainings that followed each other, as one of consecutive steps."""
+    entries: list[dict] = []
+    for folder in folders:
+        before = entries[-1]["step"] if entries else 0
+        entries += [entry | {"step": before + entry["step"]} for entry in read_log(folder / "log.jsonl")]
+    return entries
+
+
+def minutes(entries: Sequence[dict]) -> float:
+    """What the steps took, validation left out."""
+    steps = [0, *(entry["step"] for entry in entries)]
+    rates = [entry.get("seconds_per_step", 0.0) for entry in entries]
+    return sum(rate * (step - last) for rate, last, step in zip(rates, steps, steps[1:])) / 60
 
 
 def millions(folder: Path) -> float:
@@ -42,7 +59,7 @@ def model_card(folder: Path) -> str:
     parts = [
         ["autoencoder", sizes["vae"], "reconstruction of clips (`train_vae.py`)", vae["step"], vae["seconds"]],
         ["MLLM and queries", sizes["mllm"], "questions about scenes (`train_mllm.py`)", mllm["step"], mllm["seconds"]],
-        ["editor", editor_size, "flow matching and alignment (`train.py`)", editor["step"], editor["minutes"] * 60],
+        ["editor", editor_size, "flow matching (`train.py`)", editor["step"], editor["minutes"] * 60],
     ]
     return fill_model_card(
         "embedded",
@@ -66,13 +83,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="output folder of train_vae.py")
     parser.add_argument("--mllm", type=Path, required=True, help="output folder of train_mllm.py")
-    parser.add_argument("--editor", type=Path, required=True, help="output folder of train.py")
+    parser.add_argument(
+        "--editor",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="output folders of train.py, each going on from the one before",
+    )
     parser.add_argument("--scores", type=Path, required=True, help="results.json of evaluate.py")
     parser.add_argument("--note", default="", help="a paragraph for the card on how this training went")
     parser.add_argument("--output", type=Path, default=Path(TINY_CHECKPOINT))
     args = parser.parse_args()
 
-    pipe = RVEDiTPipeline.from_pretrained(args.editor / "pipeline", torch_dtype=torch.bfloat16)
+    pipe = RVEDiTPipeline.from_pretrained(args.editor[-1] / "pipeline", torch_dtype=torch.bfloat16)
     temporary = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     pipe.save_pretrained(temporary)
@@ -80,15 +103,14 @@ def main() -> None:
         path = temporary / name / "config.json"
         path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
     (temporary / "training").mkdir()
-    for name, folder in (("vae", args.vae), ("mllm", args.mllm), ("editor", args.editor)):
+    for name, folder in (("vae", args.vae), ("mllm", args.mllm)):
         shutil.copy(folder / "log.jsonl", temporary / "training" / f"{name}.jsonl")
+    entries = joined_logs(args.editor)
+    lines = [json.dumps(entry) + "\n" for entry in entries]
+    (temporary / "training" / "editor.jsonl").write_text("".join(lines))
 
     shutil.copy(args.scores, temporary / "training" / "scores.json")
-    state = read_state(checkpoints(args.editor)[-1])
-    summary = {
-        "editor": {"step": state["step"], "minutes": round(state["seconds"] / 60)},
-        "note": args.note,
-    }
+    summary = {"editor": {"step": entries[-1]["step"], "minutes": round(minutes(entries))}, "note": args.note}
     (temporary / "training" / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     card = model_card(temporary)
     (temporary / "README.md").write_text(card)
