@@ -14,7 +14,6 @@ import io
 import json
 import re
 import statistics
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,15 +35,15 @@ from rvedit_diffusers.synthetic.scoring import Judge, union_success
 
 
 FULL = "full"
-ATTENTIONS = [r"blocks\.\d+\.attn[12]", r"blocks\.\d+\.ffn"]
+LAYERS = [r"blocks\.\d+\.attn[12]", r"blocks\.\d+\.ffn"]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to edit: options of the call, and a cache of the transformer by the number of steps."""
+    """A way to edit: options of the call, and the configuration of a cache of the transformer."""
 
     options: dict = field(default_factory=dict)
-    cache: Callable[[int], object] | None = None
+    cache: object | None = None
     with_lora: bool = False
 
 
@@ -55,22 +54,22 @@ def settings_of(num_steps: int, lora_steps: int | None, mag_ratios: list[float])
         count = round(share * num_steps)
         found[f"{count} steps"] = Setting({"num_inference_steps": count})
     for threshold in (0.1, 0.2):
-        found[f"first block, {threshold}"] = Setting(cache=lambda n, t=threshold: FirstBlockCacheConfig(threshold=t))
+        found[f"first block, {threshold}"] = Setting(cache=FirstBlockCacheConfig(threshold=threshold))
     for interval in (2, 3):
         found[f"TaylorSeer, every {interval}"] = Setting(
-            cache=lambda n, i=interval: TaylorSeerCacheConfig(
-                cache_interval=i,
+            cache=TaylorSeerCacheConfig(
+                cache_interval=interval,
                 disable_cache_before_step=2,
-                cache_identifiers=ATTENTIONS,
+                cache_identifiers=LAYERS,
                 taylor_factors_dtype=torch.float32,
             )
         )
     for threshold in (0.1, 0.3):
         found[f"MagCache, {threshold}"] = Setting(
-            cache=lambda n, t=threshold: MagCacheConfig(threshold=t, num_inference_steps=n, mag_ratios=mag_ratios)
+            cache=MagCacheConfig(threshold=threshold, num_inference_steps=num_steps, mag_ratios=mag_ratios)
         )
     for threshold in (0.25, 0.5):
-        found[f"SeaCache, {threshold}"] = Setting(cache=lambda n, t=threshold: SeaCacheConfig(threshold=t))
+        found[f"SeaCache, {threshold}"] = Setting(cache=SeaCacheConfig(threshold=threshold))
     if lora_steps is not None:
         options = {"num_inference_steps": lora_steps, "guidance_scale": 1.0, "source_guidance_scale": 1.0}
         found[f"LoRA, {lora_steps} steps"] = Setting(options, with_lora=True)
@@ -88,11 +87,11 @@ def calibrate(pipe: RVEDiTPipeline, tasks: list[Task], num_steps: int) -> list[f
     return np.mean(found, axis=0).tolist()
 
 
-def edit(setting: Setting, pipes: dict[bool, RVEDiTPipeline], num_steps: int, tasks: list[Task], clips: list) -> None:
+def edit(setting: Setting, pipes: dict[bool, RVEDiTPipeline], tasks: list[Task], clips: list) -> None:
     """Edit a batch; `clips` gets the edited ones."""
     pipe = pipes[setting.with_lora]
     if setting.cache is not None:
-        pipe.transformer.enable_cache(setting.cache(num_steps))
+        pipe.transformer.enable_cache(setting.cache)
     clips[:] = PipelineEditor(pipe, **setting.options)(tasks)
     if setting.cache is not None:
         pipe.transformer.disable_cache()
@@ -128,9 +127,7 @@ def measure(args: argparse.Namespace, pipes: dict[bool, RVEDiTPipeline]) -> tupl
     seconds, scores = {name: [] for name in settings}, {name: [] for name in settings}
     for number, batch in enumerate(tqdm(batches, unit="batch")):
         tasks, clips = tasks_of(batch), {name: [] for name in settings}
-        actions = {
-            name: partial(edit, setting, pipes, num_steps, tasks, clips[name]) for name, setting in settings.items()
-        }
+        actions = {name: partial(edit, setting, pipes, tasks, clips[name]) for name, setting in settings.items()}
         turn, _ = measure_in_turns(actions, args.device, repeats=1, warmups=int(number == 0))
         for name, values in score_batch(
             batch, clips, reconstruct(pipes[False].vae, [t.target for t in tasks])

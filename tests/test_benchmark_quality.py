@@ -70,7 +70,7 @@ def test_every_setting_edits_in_its_own_way_and_leaves_nothing_behind(pipe, item
     assert len(strongest) == 10
     for name, setting in strongest.items():
         clips = []
-        quality.edit(setting, {False: pipe, True: pipe}, 12, tasks, clips)
+        quality.edit(setting, {False: pipe, True: pipe}, tasks, clips)
         assert not np.array_equal(clips, full), name
     assert np.array_equal(PipelineEditor(pipe)(tasks), full)
 

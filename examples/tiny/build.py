@@ -64,7 +64,11 @@ def main() -> None:
     torch.nn.init.zeros_(transformer.proj_out.weight)
     if args.start is not None:
         started = RVEDiTTransformer3DModel.from_pretrained(args.start / "transformer", torch_dtype=torch.float32)
-        transformer.load_state_dict(started.state_dict(), strict=False)  # it may have read fewer tokens
+        loaded = transformer.load_state_dict(started.state_dict(), strict=False)  # it may have read fewer tokens
+        if loaded.unexpected_keys:
+            parser.error(
+                f"--start {args.start} has weights that there is no place for: {loaded.unexpected_keys[0]}, ..."
+            )
         connected = RVEDiTTokenDistiller.from_pretrained(args.start / "distiller", torch_dtype=torch.float32)
         connected.queries = distiller.queries
         distiller = connected
