@@ -200,6 +200,17 @@ def test_twins_count_for_consistency_alone():
     assert row["union_success_low"] <= 0.75 <= row["union_success_high"]
 
 
+def test_none_of_few_leaves_more_open_than_none_of_many():
+    """0 of `n` has the upper bound at which that happens once in 40; all of `n` is its mirror image."""
+    for n in (4, 100):
+        none, every = (summarize({"L1": [entry(value)] * n})["L1"] for value in (0, 1))
+        assert none["union_success_low"] == 0 and (1 - none["union_success_high"]) ** n == pytest.approx(0.025)
+        assert every["union_success_high"] == 1 and every["union_success_low"] ** n == pytest.approx(0.025)
+    levels = summarize({level: [entry(0)] * 4 for level in ("L2", "L3", "L4", "L5", "L6")})
+    assert (1 - levels["mean_L2_L6"]["union_success_high"]) ** 20 == pytest.approx(0.025)
+    assert levels["mean_L2_L6"]["union_success_low"] == 0
+
+
 def test_what_has_no_value_is_null():
     row = summarize({"L0": [entry(0), entry(0)]})["L0"]
     assert row["twin_consistency"] is None and row["twin_consistency_low"] is None and row["n_pairs"] == 0

@@ -15,6 +15,7 @@ from .runner import Suite
 
 NUM_RESAMPLES = 1000
 INTERVAL = (2.5, 97.5)  # per cent
+SHARES = ("union_success", "op_success", "twin_consistency")  # of what succeeds or fails
 MEAN_LEVELS = ("L2", "L3", "L4", "L5", "L6")
 MEAN_NAME = "mean_L2_L6"
 
@@ -39,6 +40,18 @@ def figure(name: str, mean: float | None, resampled: np.ndarray | None) -> dict[
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
+def share_figures(name: str, values: np.ndarray) -> dict[str, float]:
+    """The 95 % interval of Clopper and Pearson for one of `SHARES` if all its values are 0 or all are 1, else nothing.
+
+    All samples of a bootstrap are the same then, but that none of 10 succeeded does not say that none ever will.
+    """
+    if name not in SHARES or not values.size or values.min() != values.max() or values[0] not in (0, 1):
+        return {}
+    reach = 1 - (INTERVAL[0] / 100) ** (1 / values.size)
+    low, high = (0.0, reach) if values[0] == 0 else (1 - reach, 1.0)
+    return {f"{name}_low": low, f"{name}_high": high}
+
+
 def values_of(scores: Sequence[dict]) -> dict[str, np.ndarray]:
     """The numbers among scores by name, without those that are `None`.
 
@@ -55,6 +68,7 @@ def figures_of(values: dict[str, np.ndarray], place: str) -> dict[str, float | N
     for name, each in values.items():
         mean = float(each.mean()) if each.size else None
         found |= figure(name, mean, resampled_means(each, f"{place} {name}") if each.size else None)
+        found |= share_figures(name, each)
     return found
 
 
@@ -78,7 +92,8 @@ def summarize(groups: dict[str, Sequence[dict]]) -> dict[str, dict]:
         `dict[str, dict]`: For each level
 
         - the mean of each number of [`score`], over the items: **twins do not count**. Each has its 95 % bootstrap
-          interval beside it, as `union_success_low` and `union_success_high`; `None` where no item has a value.
+          interval beside it, as `union_success_low` and `union_success_high`; `None` where no item has a value. Where
+          all items succeed, or none, it is that of [`share_figures`].
         - `twin_consistency`: the share of pairs of twins of which both have union success; over `n_pairs` pairs.
           Neither is there where twins were not scored.
         - `n`: the number of items.
@@ -110,6 +125,7 @@ def summarize(groups: dict[str, Sequence[dict]]) -> dict[str, dict]:
                 resampled = [resampled_means(each, f"{level} {name}") for level, each in parts]
                 mean = float(np.mean([each.mean() for _, each in parts]))
                 levels[MEAN_NAME] |= figure(name, mean, np.mean(resampled, axis=0))
+                levels[MEAN_NAME] |= share_figures(name, np.concatenate([each for _, each in parts]))
     return levels
 
 
