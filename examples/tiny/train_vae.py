@@ -83,9 +83,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the VAE, its log and its checkpoint")
     parser.add_argument("--start", type=Path, help="folder of a VAE to begin with")
-    parser.add_argument(
-        "--decoder_only", action="store_true", help="leave the encoder of --start as it is: editors know its latents"
-    )
     parser.add_argument("--steps", type=int, default=15000)
     parser.add_argument("--minutes", type=float, help="end the schedule after this long instead of after --steps")
     parser.add_argument("--batch_size", type=int, default=4)
@@ -93,15 +90,10 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=6e-4)
     parser.add_argument("--kl_weight", type=float, default=3e-5)
     parser.add_argument("--edit_weight", type=float, default=2.0, help="extra weight of pixels that an edit changes")
-    parser.add_argument(
-        "--latent_noise", type=float, default=0.0, help="most noise on latents, of their spread: editors are not exact"
-    )
     parser.add_argument("--num_workers", type=int, default=1, help="processes that render clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=200)
     args = parser.parse_args()
-    if args.decoder_only and args.start is None:
-        parser.error("--decoder_only needs --start, the folder of a VAE with a trained encoder")
 
     torch.manual_seed(args.seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,16 +104,10 @@ def main() -> None:
         # a posterior of unit variance would drown the first gradients in noise: start nearly deterministic
         torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -6.0)
     learned = torch.nn.ModuleDict({"vae": vae})
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
     kernels = block_matrices(vae, kinds=(torch.nn.Conv2d, torch.nn.Conv3d))
-    learning = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = MuonAdamW(kernels, learning, args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = MuonAdamW(kernels, vae.parameters(), args.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     batches = Batches(BenchmarkItems(TRAIN_LEVELS, args.seed, "train", args.num_frames), args.batch_size)
     unseen = Batches(BenchmarkItems(TRAIN_LEVELS, 1_000_000), 16)[0][0].to(device)
-
-    spread = torch.tensor(vae.config.latents_std, device=device).view(1, -1, 1, 1, 1)
 
     step, spent = 0, 0.0
     if checkpoints(args.output):
@@ -147,16 +133,13 @@ def main() -> None:
         weight = weight / weight.mean(dim=(1, 2, 3, 4), keepdim=True)
         with torch.autocast(device, torch.bfloat16, enabled=default_precision() == "bf16"):
             posterior = vae.encode(clips).latent_dist
-            latents = posterior.sample()
-            amount = args.latent_noise * torch.rand(len(latents), 1, 1, 1, 1, device=device)
-            latents = latents + amount * spread * torch.randn_like(latents)
-            rebuilt = vae.decode(latents).sample.float()
+            rebuilt = vae.decode(posterior.sample()).sample.float()
         error = rebuilt - clips
         l1, mse = (error.abs() * weight).mean(), (error.square() * weight).mean()
         kl = posterior.kl().sum() / posterior.mean.numel()
         loss = l1 + mse + args.kl_weight * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
@@ -181,8 +164,7 @@ def main() -> None:
             log.flush()
 
     vae.eval()
-    if not args.decoder_only:
-        set_latent_statistics(vae, Batches(BenchmarkItems(TRAIN_LEVELS, args.seed + 1, "train"), 8), 16)
+    set_latent_statistics(vae, Batches(BenchmarkItems(TRAIN_LEVELS, args.seed + 1, "train"), 8), 16)
     final = psnr(vae, unseen)
     log.write(json.dumps({"step": step, "psnr_unseen_photos": final, "seconds": time.monotonic() - started}) + "\n")
     vae.save_pretrained(args.output / "vae")
