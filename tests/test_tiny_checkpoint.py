@@ -26,13 +26,14 @@ def tiny():
     return pipe
 
 
-def edit(pipe, frames, prompt):
-    result = pipe(frames, prompt, generator=torch.Generator().manual_seed(0)).frames[0]
+def edit(pipe, frames, prompt, **options):
+    result = pipe(frames, prompt, generator=torch.Generator().manual_seed(0), **options).frames[0]
     return (result * 255).round().astype(np.uint8)
 
 
 def test_weights_are_small_and_in_16_bit():
-    assert {path.parent.name for path in WEIGHTS} == {"distiller", "mllm", "text_encoder", "transformer", "vae"}
+    parts = {"distiller", "few_steps", "mllm", "text_encoder", "transformer", "vae"}
+    assert {path.parent.name for path in WEIGHTS} == parts
     assert sum(path.stat().st_size for path in WEIGHTS) <= 25e6
     for path in WEIGHTS:
         with safe_open(path, framework="pt") as file:
@@ -45,6 +46,22 @@ def test_weights_are_small_and_in_16_bit():
 def test_the_demo_edit_succeeds(tiny):
     demo = demo_edit()
     assert judge(edit(tiny, demo.source_frames, demo.instruction), demo) == "success"
+
+
+def test_the_lora_for_a_few_steps_edits_in_four_without_guidance(tiny):
+    """The demo's edit succeeds in a sixth of the transformer's passes."""
+    demo, passes = demo_edit(), []
+    hook = tiny.transformer.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        edit(tiny, demo.source_frames, demo.instruction)
+        full = len(passes)
+        tiny.load_lora_weights(TINY_CHECKPOINT, subfolder="few_steps")
+        edited = edit(tiny, demo.source_frames, demo.instruction, num_inference_steps=4, guidance_scale=1.0)
+        assert len(passes) - full == 4 == full / 6
+        assert judge(edited, demo) == "success"
+    finally:
+        hook.remove()
+        tiny.unload_lora_weights()
 
 
 def saturation(frames):
