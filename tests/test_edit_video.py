@@ -165,6 +165,16 @@ def test_demo_writes_source_edit_and_comparison(run, model):
     assert read_video("out/demo/edited.mp4").frames.shape == demo.source_frames.shape
 
 
+def test_the_demo_keeps_the_detail_of_what_is_not_edited(run):
+    """With the embedded checkpoint, what the edit leaves alone has under half of the edited copy's squared error."""
+    demo, errors = demo_edit(), {}
+    for option in ((), ("--no-keep_detail",)):
+        assert run(*option)[0] == 0
+        edited = read_video("out/demo/edited.mp4").frames.astype(float)
+        errors[option] = np.square(edited - demo.target_frames)[~demo.mask].mean()
+    assert errors[()] < 0.5 * errors[("--no-keep_detail",)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
