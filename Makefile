@@ -43,11 +43,9 @@ tiny: .venv/installed
 	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
 		--model runs/editor/pipeline --output runs/editor-17 --config examples/tiny/editor_17_frames.json \
 		--resume_from_checkpoint latest
-	$(TRAIN) examples/train.py --model runs/editor-17/pipeline --output runs/few-steps \
-		--config examples/tiny/few_steps.json --resume_from_checkpoint latest
 	$(RUN) examples/evaluate.py --model runs/editor-17/pipeline --num_samples $(NUM) --seed $(SEED) --output runs/scores
 	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm \
-		--editor runs/editor runs/editor-17 --few_steps runs/few-steps --scores runs/scores/results.json
+		--editor runs/editor runs/editor-17 --scores runs/scores/results.json
 
 lint: .venv/installed
 	$(RUN) -m ruff check --fix

@@ -2,8 +2,7 @@
 
 MODEL_CARD.md is the same card.
 
-python examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --few_steps runs/few-steps \
-    --scores runs/scores/results.json
+python examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json
 """
 
 import argparse
@@ -15,15 +14,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 from rvedit_diffusers.files import replace_folder
 from rvedit_diffusers.model_card import APACHE, fill_model_card, markdown_table
 from rvedit_diffusers.training.checkpoint import read_log
-
-
-FEW_STEPS, LORA_FILE = "few_steps", "pytorch_lora_weights.safetensors"
 
 
 def last(log: Path) -> dict:
@@ -44,15 +39,6 @@ def minutes(entries: Sequence[dict]) -> float:
     steps = [0, *(entry["step"] for entry in entries)]
     rates = [entry.get("seconds_per_step", 0.0) for entry in entries]
     return sum(rate * (step - last) for rate, last, step in zip(rates, steps, steps[1:])) / 60
-
-
-def copy_in_16_bit(source: Path, target: Path) -> None:
-    """Copy a file of LoRA layers with its metadata, the layers in bfloat16."""
-    with safe_open(source, framework="pt") as file:
-        layers = {name: file.get_tensor(name).to(torch.bfloat16) for name in file.keys()}
-        metadata = file.metadata()
-    target.parent.mkdir()
-    save_file(layers, target, metadata)
 
 
 def millions(folder: Path) -> float:
@@ -87,7 +73,6 @@ def model_card(folder: Path) -> str:
             [[name, f"{size:.2f} M", how, step, f"{seconds / 60:.0f}"] for name, size, how, step, seconds in parts],
         ),
         note=summary["note"],
-        few_steps=FEW_STEPS if (folder / FEW_STEPS).is_dir() else None,
         answers=", ".join(
             f"{name.replace('_', ' ')} {value:.2f}" for name, value in mllm.items() if name not in ("step", "seconds")
         ),
@@ -105,7 +90,6 @@ def main() -> None:
         required=True,
         help="output folders of train.py, each going on from the one before",
     )
-    parser.add_argument("--few_steps", type=Path, help="output folder of train.py with a LoRA for a few steps")
     parser.add_argument("--scores", type=Path, required=True, help="results.json of evaluate.py")
     parser.add_argument("--note", default="", help="a paragraph for the card on how this training went")
     parser.add_argument("--output", type=Path, default=Path(TINY_CHECKPOINT))
@@ -124,10 +108,6 @@ def main() -> None:
     entries = joined_logs(args.editor)
     lines = [json.dumps(entry) + "\n" for entry in entries]
     (temporary / "training" / "editor.jsonl").write_text("".join(lines))
-
-    if args.few_steps is not None:
-        copy_in_16_bit(args.few_steps / "lora" / LORA_FILE, temporary / FEW_STEPS / LORA_FILE)
-        shutil.copy(args.few_steps / "log.jsonl", temporary / "training" / "few_steps.jsonl")
 
     shutil.copy(args.scores, temporary / "training" / "scores.json")
     summary = {"editor": {"step": entries[-1]["step"], "minutes": round(minutes(entries))}, "note": args.note}
