@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
         lines.append(f"\nDoes not fit in {limit}: take more GPUs, smaller clips, or --training_type lora.")
 
     # 2. Time
-    origin = "measured" if args.measured else "assumed"
+    origin = f"measured on {args.measured_result['device']}" if args.measured else "assumed"
     reached = ", ".join(f"{name} {value / 1e12:.3g} TFLOPs/s" for name, value in speed.items())
     lines.append(f"\nSpeeds ({origin}): {reached}; a step reaches {share:.0%} of them.\n")
     sent = traffic(memory["num_weights"], memory["num_trained"], args.gpus, gpu, strategy)

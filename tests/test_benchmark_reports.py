@@ -108,7 +108,8 @@ def test_flops_of_a_plan_are_those_of_the_step():
 def test_a_plan_is_checked_against_what_was_measured(results, tmp_path, capsys):
     flops = plan.step_flops(TINY, "lora", False, False)
     speed = {"matrix product": 2e9, "attention": 1e9}
-    inference = {"transformer": {"peak_flops_per_second": speed, "flops": {"ours": {"attainable_share": 0.5}}}}
+    measured_call = {"peak_flops_per_second": speed, "flops": {"ours": {"attainable_share": 0.5}}}
+    inference = {"transformer": measured_call, "device": "2 CPU cores"}
     seconds = 3 * (flops["linear"] / 2e9 + flops["attention"] / 1e9) / 0.5
     measured = {
         "settings": {"preset": {"name": "tiny"}, "training_type": "lora", "gradient_checkpointing": False},
@@ -120,7 +121,10 @@ def test_a_plan_is_checked_against_what_was_measured(results, tmp_path, capsys):
     options = ["--preset", "tiny", "--frames", "13", "--size", "128x128", "--gpus", "1"]
     plan.main([*options, f"--measured={tmp_path}/inference.json", f"--check={tmp_path}/training.json"])
     shown = capsys.readouterr().out
-    assert "| plain | 0.500 | 0.33 |" in shown and "Speeds (measured): matrix product 0.002 TFLOPs/s" in shown
+    assert (
+        "| plain | 0.500 | 0.33 |" in shown
+        and "Speeds (measured on 2 CPU cores): matrix product 0.002 TFLOPs/s" in shown
+    )
     assert "Fits in 90% of the 75 GiB of one: python examples/train.py" in shown
 
 
