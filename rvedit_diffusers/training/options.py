@@ -9,13 +9,13 @@ import torch
 
 
 def computes_in_bfloat16(device: torch.device) -> bool:
-    """Whether a device is faster in bfloat16 than in float32: of CPUs, those with AMX.
+    """Whether a device is faster in bfloat16 than in float32: of CPUs, those with AMX or AVX512-BF16.
 
     Elsewhere it is emulated; AVX-512 alone takes twice the time of float32 for the same matrix product.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "cpu" or torch.cpu._is_amx_tile_supported()
+    return device.type != "cpu" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def default_precision() -> str:
