@@ -95,8 +95,8 @@ def add_edit_options(parser: Parser) -> None:
     parser.add_argument(
         "--keep_detail",
         action=argparse.BooleanOptionalAction,
-        help="the clip itself with the change that the edit makes, in place of the edited copy; default: where the"
-        " model scales the clip down, and for the demo clip",
+        help="the clip itself with the change that the edit makes, in place of the edited copy; default: the"
+        " model's own, or where it scales the clip down",
     )
     parser.add_argument("--device", help="default: cuda if there is one, otherwise cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
@@ -270,8 +270,6 @@ def main(argv: list[str] | None = None) -> None:
             check_file(parser, "--output", args.output, VIDEO_SUFFIXES)
         prompt, fps, frames = args.prompt, clip.fps, clip.frames[: args.num_frames]
     pipe = load_pipeline(parser, args)
-    if args.video is None and args.keep_detail is None and pipe.transformer.config.source_channels:
-        args.keep_detail = True
 
     # 2. The edit
     started = time.perf_counter()

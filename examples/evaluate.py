@@ -236,7 +236,7 @@ def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         "num_inference_steps": args.num_inference_steps or pipe.config.default_num_inference_steps,
         "guidance_scale": pipe.config.default_guidance_scale if args.guidance_scale is None else args.guidance_scale,
     }
-    settings = {"weights": weights_hash(modules)} | options
+    settings = {"weights": weights_hash(modules), "keep_detail": pipe.config.default_keep_detail} | options
     return PipelineEditor(pipe.to(device), **options, height=args.height, width=args.width), pipe.vae, settings
 
 

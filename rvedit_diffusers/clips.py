@@ -3,6 +3,7 @@
 import math
 import numbers
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,12 @@ def resize_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def transfer_edit(
-    edited: torch.Tensor, rebuilt: torch.Tensor, source: torch.Tensor, radius: int = 4, eps: float = 1e-3
+    edited: torch.Tensor,
+    rebuilt: torch.Tensor,
+    source: torch.Tensor,
+    radius: int = 4,
+    eps: float = 1e-3,
+    tolerance: float = 0.15,
 ) -> torch.Tensor:
     """
     Apply an edit that was made on a small or blurred copy of a clip to the clip itself, whose detail it keeps.
@@ -45,12 +51,18 @@ def transfer_edit(
     arXiv 1505.00996, of the change, with colours as the guide); and what is left then. The functions are applied to
     the colours of `source`, the rest is added as it is. Where nothing was changed, the result is exactly the source.
 
+    Where something else has come to be seen, the detail of `source` is that of what was there before: the more the
+    colours of `edited` say nothing about those of `rebuilt` around a pixel, or these nothing about those, the more
+    the result is `edited` itself.
+
     Args:
         edited (`torch.Tensor` of shape `(frames, 3, height, width)`): The edited copy, float32 in [-1, 1].
         rebuilt (`torch.Tensor` of the same shape): The copy as it is without an edit, after all that blurs `edited`.
         source (`torch.Tensor` of shape `(frames, 3, source_height, source_width)`): The clip, float32 in [-1, 1].
         radius (`int`, defaults to 4): Of the windows, in pixels of the copy.
         eps (`float`, defaults to 1e-3): A window whose colours have less than this variance counts as flat.
+        tolerance (`float`, defaults to 0.15): Root mean square of the colours, around a pixel, that are not explained:
+            the result is half `edited` there.
 
     Returns:
         `torch.Tensor` of the shape of `source`, float32 in [-1, 1].
@@ -61,29 +73,46 @@ def transfer_edit(
         return values.mean(dim=(2, 3), keepdim=True)
 
     def around(values: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(values, 2 * radius + 1, 1, radius, count_include_pad=False)
+        for size in ((2 * radius + 1, 1), (1, 2 * radius + 1)):
+            values = F.avg_pool2d(values, size, 1, (size[0] // 2, size[1] // 2), count_include_pad=False)
+        return values
 
     def apply(slope: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:
         return (slope.unflatten(1, (3, 3)) * guide.unsqueeze(2)).sum(1)
 
+    def fit(guide: torch.Tensor, values: torch.Tensor, mean: Callable) -> tuple[torch.Tensor, ...]:
+        # Least squares of `values` over `guide` in each window: slope (frames, 9, height, width), offset, and the mean
+        # square of what is left
+        both = torch.cat([guide, values], dim=1)
+        products = mean((guide.unsqueeze(2) * both.unsqueeze(1)).flatten(1, 2))
+        products = products - (mean(guide).unsqueeze(2) * mean(both).unsqueeze(1)).flatten(1, 2)
+        variance, covariance = products.unflatten(1, (3, 6)).permute(0, 3, 4, 1, 2).split(3, dim=-1)
+        slope = torch.linalg.solve(variance + eps * torch.eye(3, device=guide.device), covariance)
+        explained = (slope * covariance).sum(-2).permute(0, 3, 1, 2)
+        left = (mean(values.square()) - mean(values).square() - explained).mean(1, keepdim=True).clamp_(min=0.0)
+        slope = slope.flatten(-2).permute(0, 3, 1, 2)
+        return slope, mean(values) - apply(slope, mean(guide)), left
+
+    # 1. Functions for the frame, and for the surroundings: a pixel gets the mean of those of all windows it is in
     result, rest = source, edited - rebuilt
     for mean in (everywhere, around):
-        # 1. Least squares of the change over the colours in each window, (frames, height, width, 3, 3)
-        both = torch.cat([rebuilt, rest], dim=1)  # (frames, 6, height, width)
-        products = mean((rebuilt.unsqueeze(2) * both.unsqueeze(1)).flatten(1, 2))
-        products = products - (mean(rebuilt).unsqueeze(2) * mean(both).unsqueeze(1)).flatten(1, 2)
-        variance, covariance = products.unflatten(1, (3, 6)).permute(0, 3, 4, 1, 2).split(3, dim=-1)
-        slope = torch.linalg.solve(variance + eps * torch.eye(3, device=edited.device), covariance)
-        slope = slope.flatten(-2).permute(0, 3, 1, 2)  # (frames, 9, height, width)
-        offset = mean(rest) - apply(slope, mean(rebuilt))
-
-        # 2. A pixel gets the mean of the functions of all windows that it is in
+        slope, offset, _ = fit(rebuilt, rest, mean)
         slope, offset = mean(slope), mean(offset)
         rest = rest - apply(slope, rebuilt) - offset
-        if mean is around:
+        if mean is everywhere:
+            local = rest
+        else:
             slope, offset = (F.interpolate(values, size=size, mode="bilinear") for values in (slope, offset))
         result = result + apply(slope, source) + offset
-    return (result + F.interpolate(rest, size=size, mode="bicubic")).clamp_(-1.0, 1.0)
+    result = (result + F.interpolate(rest, size=size, mode="bicubic")).clamp_(-1.0, 1.0)
+
+    # 2. Where the frame's function leaves a change, and one of both copies does not follow from the other
+    graded = edited - local
+    changed = around(local.square()).mean(1, keepdim=True)
+    unlike = torch.maximum(*(fit(*pair, around)[2] for pair in ((graded, edited), (edited, graded))))
+    weight = (torch.minimum(changed, unlike) / tolerance**2).square()
+    weight = F.interpolate(weight / (1.0 + weight), size=size, mode="bilinear")
+    return result.lerp(F.interpolate(edited, size=size, mode="bicubic"), weight).clamp_(-1.0, 1.0)
 
 
 def load_clips(

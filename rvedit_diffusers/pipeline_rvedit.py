@@ -76,7 +76,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         scheduler ([`~diffusers.FlowMatchEulerDiscreteScheduler`] or [`~diffusers.UniPCMultistepScheduler`]):
             Integrates the flow. UniPC needs `prediction_type="flow_prediction"` and `use_flow_sigmas=True`.
         default_num_inference_steps (`int`, defaults to 50):
-            `num_inference_steps` of a call that gives none. Kept in `model_index.json`, as are the next three, so that
+            `num_inference_steps` of a call that gives none. Kept in `model_index.json`, as are the next four, so that
             a checkpoint brings the settings it was tuned for.
         default_guidance_scale (`float`, defaults to 5.0):
             `guidance_scale` of a call that gives none.
@@ -85,6 +85,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         default_max_area (`int`, *optional*):
             Clips of more pixels a frame are edited at about this area, in their own aspect ratio, by a call that gives
             neither `height` nor `width`. `None` edits every clip at its own size.
+        default_keep_detail (`bool`, *optional*):
+            `keep_detail` of a call that gives none. `True` suits a small autoencoder, which blurs.
         conversion (`dict`, *optional*):
             Of a pipeline that was made from other models: which ones, and the stages that it was trained in since.
             Kept in `model_index.json`, for the model card; nothing is computed from it.
@@ -116,6 +118,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         default_guidance_scale: float = 5.0,
         default_source_guidance_scale: float = 1.0,
         default_max_area: int | None = None,
+        default_keep_detail: bool | None = None,
         conversion: dict | None = None,
     ):
         super().__init__()
@@ -135,6 +138,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             default_guidance_scale=default_guidance_scale,
             default_source_guidance_scale=default_source_guidance_scale,
             default_max_area=default_max_area,
+            default_keep_detail=default_keep_detail,
             conversion=conversion,
         )
         self.vae_scale_factor_temporal = self.vae.config.scale_factor_temporal if self.vae is not None else 4
@@ -1012,7 +1016,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 Whether the result is the clip itself with the change that the edit makes to its autoencoded copy, see
                 [`~rvedit_diffusers.clips.transfer_edit`]: what the edit leaves alone keeps the detail that scaling and
                 the autoencoder take away. That costs a second decoding. Otherwise the result is the edited copy. By
-                default, only a clip that was scaled down to be edited, and comes back at its own size, is kept so.
+                default `config.default_keep_detail`; if that is `None`, a clip that was scaled down to be edited, and
+                comes back at its own size, is kept so, and no other.
             reuse_context (`bool`, defaults to `True`):
                 Whether to keep the keys and values of all tokens in all blocks, which are the same in every step,
                 rather than compute them again. They take `4 * batch * tokens * dim * num_layers` bytes in bfloat16 for
@@ -1163,6 +1168,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         source_video = None
         edit_size = self._legal_size(source_height, source_width, height, width)
         size = (source_height, source_width) if height is None and width is None else edit_size
+        if keep_detail is None and self.transformer.config.source_channels:
+            keep_detail = self.config.default_keep_detail
         if keep_detail is None and self.transformer.config.source_channels:
             keep_detail = size != edit_size and math.prod(size) > (self.config.default_max_area or math.inf)
         if self.transformer.config.source_channels:

@@ -39,6 +39,18 @@ def test_an_edit_of_a_copy_is_nearer_to_the_true_edit_than_the_copy_enlarged():
     assert all(min(each) > 0 and np.mean(each) > 4 for each in gains.values()), gains
 
 
+def test_what_is_gone_leaves_no_detail_behind():
+    gains = []
+    for operation in ("replace", "remove"):
+        edits = SyntheticEdits(5, num_frames=2, height=192, width=192, operations=(operation,))
+        for index in range(4):
+            edit = edits[index]
+            clips = copy(edit.target_frames), copy(edit.source_frames), to_tensor(edit.source_frames)
+            kept, added = (to_frames(transfer_edit(*clips, tolerance=tolerance)) for tolerance in (0.15, 1e6))
+            gains.append(psnr(kept, edit.target_frames, edit.mask) - psnr(added, edit.target_frames, edit.mask))
+    assert min(gains) > 0 and np.mean(gains) > 0.5, gains
+
+
 def test_the_copy_of_the_result_is_the_edited_copy():
     """What the affine function cannot express is not lost."""
     edit = SyntheticEdits(4, num_frames=1, height=192, width=192, operations=("replace",))[1]

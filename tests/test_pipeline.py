@@ -233,6 +233,14 @@ def test_detail_can_be_kept_at_any_size(shared_pipe, clip):
     assert edit(shared_pipe, clip, keep_detail=True, height=16, width=48).shape[-2:] == (16, 48)
 
 
+def test_whether_detail_is_kept_by_default_is_saved_with_the_pipeline(pipe, clip, tmp_path):
+    kept, plain = (edit(pipe, clip, keep_detail=keep) for keep in (True, False))
+    pipe.register_to_config(default_keep_detail=True)
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    assert torch.equal(edit(loaded, clip), kept) and torch.equal(edit(loaded, clip, keep_detail=False), plain)
+
+
 def test_source_is_shown_to_the_transformer_in_normalised_latents(shared_pipe, clip):
     seen = []
     edit(

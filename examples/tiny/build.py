@@ -87,6 +87,7 @@ def main() -> None:
         default_num_inference_steps=12,
         default_guidance_scale=2.0,
         default_max_area=64 * 64,
+        default_keep_detail=True,
     )
     pipe.save_pretrained(args.output)
     for name, component in pipe.components.items():
