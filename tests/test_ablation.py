@@ -350,6 +350,7 @@ def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):
             "`rows` 'routed': `config` has",
         ),
         ({"rows": {"uniform": {"says": ""}, "routed": {"says": ""}, "../a": {"says": ""}}}, "no name of a folder"),
+        ({"rows": {"uniform": {"says": ""}, "routed": {"says": ""}}}, "`rows` 'routed' is the same as 'uniform'"),
     ],
 )
 def test_wrong_configs_are_refused_before_anything_is_run(grid, tmp_path, capsys, change, message):

@@ -193,7 +193,7 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int], others: Sequence[i
 
     Raises:
         ValueError: There is no pipeline where the config says; a setting of a transformer is unknown; no width gives a
-            row its number of parameters; or what is new would not learn.
+            row its number of parameters; two rows are the same; or what is new would not learn.
     """
     base = Path(grid["base"])
     if not (base / "model_index.json").is_file():
@@ -228,6 +228,14 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int], others: Sequence[i
             configs[name] = match_parameters(common | overrides, target)
         except ValueError as error:
             raise ValueError(f"`rows` {name!r}: {error}") from error
+    variants: dict[str, str] = {}
+    for name, row in grid["rows"].items():
+        variant = json.dumps([configs[name], grid["train"] | row.get("train", {})], sort_keys=True)
+        if (same := variants.setdefault(variant, name)) != name:
+            raise ValueError(
+                f"`rows` {name!r} is the same as {same!r}: what they do not set comes of `transformer`, `train` and"
+                f" the transformer of {base}"
+            )
 
     found = {int(path.name[5:]) for path in output.glob("seed-*") if path.name[5:].isdigit()} | set(others)
     return [
