@@ -370,6 +370,7 @@ def test_the_estimate_of_connecting_counts_the_distiller(model, tmp_path, capsys
 @pytest.mark.parametrize("computes, precision", [(True, "bf16"), (False, "no")])
 def test_precision_is_what_the_processor_computes_in(model, tmp_path, monkeypatch, computes, precision):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: computes)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
     argv = arguments(model, tmp_path, tmp_path / "out")
     assert train.parse_args(argv).mixed_precision == precision
     assert train.parse_args([*argv, "--mixed_precision=bf16"]).mixed_precision == "bf16"
