@@ -73,8 +73,8 @@ def transfer_edit(
         return values.mean(dim=(2, 3), keepdim=True)
 
     def around(values: torch.Tensor) -> torch.Tensor:
-        for size in ((2 * radius + 1, 1), (1, 2 * radius + 1)):
-            values = F.avg_pool2d(values, size, 1, (size[0] // 2, size[1] // 2), count_include_pad=False)
+        for window, padding in (((2 * radius + 1, 1), (radius, 0)), ((1, 2 * radius + 1), (0, radius))):
+            values = F.avg_pool2d(values, window, 1, padding, count_include_pad=False)
         return values
 
     def apply(slope: torch.Tensor, guide: torch.Tensor) -> torch.Tensor:

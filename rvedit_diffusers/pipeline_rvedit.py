@@ -1040,6 +1040,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             guidance_scale = self.config.default_guidance_scale
         if source_guidance_scale is None:
             source_guidance_scale = self.config.default_source_guidance_scale
+        if keep_detail is None:
+            keep_detail = self.config.default_keep_detail
 
         # 1. Check all inputs and read the clips
         embeds = {
@@ -1168,8 +1170,6 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         source_video = None
         edit_size = self._legal_size(source_height, source_width, height, width)
         size = (source_height, source_width) if height is None and width is None else edit_size
-        if keep_detail is None and self.transformer.config.source_channels:
-            keep_detail = self.config.default_keep_detail
         if keep_detail is None and self.transformer.config.source_channels:
             keep_detail = size != edit_size and math.prod(size) > (self.config.default_max_area or math.inf)
         if self.transformer.config.source_channels:

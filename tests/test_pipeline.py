@@ -239,6 +239,9 @@ def test_whether_detail_is_kept_by_default_is_saved_with_the_pipeline(pipe, clip
     pipe.save_pretrained(tmp_path)
     loaded = type(pipe).from_pretrained(tmp_path)
     assert torch.equal(edit(loaded, clip), kept) and torch.equal(edit(loaded, clip, keep_detail=False), plain)
+    loaded.register_to_config(default_keep_detail="yes")
+    with pytest.raises(ValueError, match="`keep_detail` has to be True, False or None, got 'yes'"):
+        edit(loaded, clip)
 
 
 def test_source_is_shown_to_the_transformer_in_normalised_latents(shared_pipe, clip):

@@ -367,10 +367,10 @@ def test_the_estimate_of_connecting_counts_the_distiller(model, tmp_path, capsys
     assert float(line.split()[1]) == pytest.approx(2 * size / 2**20, abs=0.01)
 
 
-@pytest.mark.parametrize("computes, precision", [(True, "bf16"), (False, "no")])
-def test_precision_is_what_the_processor_computes_in(model, tmp_path, monkeypatch, computes, precision):
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: computes)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+@pytest.mark.parametrize("extension, precision", [("amx_tile", "bf16"), ("avx512_bf16", "bf16"), (None, "no")])
+def test_precision_is_what_the_processor_computes_in(model, tmp_path, monkeypatch, extension, precision):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(f"torch.cpu._is_{name}_supported", lambda has=name == extension: has)
     argv = arguments(model, tmp_path, tmp_path / "out")
     assert train.parse_args(argv).mixed_precision == precision
     assert train.parse_args([*argv, "--mixed_precision=bf16"]).mixed_precision == "bf16"
