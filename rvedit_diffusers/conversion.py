@@ -443,6 +443,7 @@ def _model_index(conversion: Conversion) -> dict:
         "_class_name": "RVEDiTPipeline",
         "_diffusers_version": diffusers.__version__,
         "default_guidance_scale": GUIDANCE_SCALE,
+        "default_keep_detail": None,
         "default_max_area": DEFAULT_MAX_AREA.get(conversion.vae_config.get("scale_factor_spatial", 8)),
         "default_num_inference_steps": NUM_INFERENCE_STEPS,
         "default_source_guidance_scale": 1.0,
