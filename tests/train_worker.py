@@ -41,3 +41,6 @@ for argv in runs:
         train.Accelerator = lambda cpu, **settings: Accelerator(**settings)
     train.main(argv)
     AcceleratorState._reset_state()
+# left to the interpreter's end, its threads may still run then, which aborts the process
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
