@@ -5,8 +5,10 @@
 
 Models have random weights, one width and depth, and one clip; those that are compared take turns in one process:
 
-- transformer: a call of `RVEDiTTransformer3DModel` with its context computed once, as the pipeline does, or in each
-  call, beside a call of `WanTransformer3DModel`, which does not edit: the least that any editor costs;
+- transformer: a call of `RVEDiTTransformer3DModel` with its context computed once and the text's padding merged, as
+  the pipeline does; with all text tokens; and with its context in each call. Beside it, a call of
+  `WanTransformer3DModel`, which does not edit: the least that any editor costs. The text has 32 tokens, and padding to
+  Wan's 512;
 - edit: `RVEDiTPipeline`, with its MLLM, beside `LucyEditPipeline`, with a timestep for each token as its released
   checkpoint has it and with one for the clip, and `WanVACEPipeline`, from the clip to the edited one;
 - compile: a call with `compile_repeated_blocks()` beside an eager one, for both transformers.
@@ -18,9 +20,9 @@ speed of a large matrix product and of its attention's at that of one self-atten
 
 import argparse
 import copy
+import dataclasses
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -45,9 +47,12 @@ from models import (
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from rvedit_diffusers.pipeline_rvedit import TEXT_LENGTHS, merge_padding
+
 
 PARTS = ("transformer", "edit", "compile")
 PROMPT = "make the red ball blue and remove the dog"
+PROMPT_TOKENS = 32  # of a text for the transformer alone; the rest is padding
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -74,17 +79,26 @@ def build_calls(args: argparse.Namespace) -> tuple[dict[str, torch.nn.Module], d
     for model in models.values():
         to_dtype(model.eval().requires_grad_(False), args.dtype)
     tokens = make_tokens(preset, args.device, args.dtype)
+    tokens["encoder_hidden_states"][:, PROMPT_TOKENS:] = 0
     latents = torch.randn(1, preset.channels, *preset.latent_size, device=args.device, dtype=args.dtype)
     condition = {"hidden_states": latents, "timestep": torch.full((1,), 500.0, device=args.device)}
-    with torch.no_grad():
-        context = models["ours"].project_context(latents, **tokens)
     text = {"encoder_hidden_states": tokens["encoder_hidden_states"]}
+    with torch.no_grad():
+        context = models["ours"].project_context(latents, **merge_text(tokens))
+        whole_context = models["ours"].project_context(latents, **tokens)
     calls = {
         "ours": partial(models["ours"], **condition, context=context),
+        "ours, all text tokens": partial(models["ours"], **condition, context=whole_context),
         "ours, context in each call": partial(models["ours"], **condition, **tokens),
         "wan": partial(models["wan"], **condition, **text),
     }
     return models, calls
+
+
+def merge_text(tokens: dict) -> dict:
+    """Arguments of `project_context` as the pipeline gives them."""
+    text, mask = merge_padding(tokens["encoder_hidden_states"], TEXT_LENGTHS)
+    return tokens | {"encoder_hidden_states": text, "encoder_attention_mask": mask}
 
 
 def peak_calls(args: argparse.Namespace) -> dict[str, tuple[Callable, int]]:
@@ -123,7 +137,9 @@ def measure_transformer(args: argparse.Namespace) -> dict:
     for name, call in calls.items():
         with FlopCounterMode(display=False) as counter:
             call()
-        formula = transformer_flops(preset, is_wan=name == "wan", with_context=name == "ours")
+        num_text = min(preset.num_text, TEXT_LENGTHS) if name == "ours" else preset.num_text
+        size = dataclasses.replace(preset, num_text=num_text)
+        formula = transformer_flops(size, is_wan=name == "wan", with_context="context" in calls[name].keywords)
         attainable = formula["linear"] / speed["matrix product"] + formula["attention"] / speed["attention"]
         flops[name] = {
             "counted": counter.get_total_flops(),
@@ -176,7 +192,7 @@ def measure_compile(args: argparse.Namespace) -> dict:
     for timestep in (900.0, 100.0):
         keywords["timestep"] = torch.full((1,), timestep, device=args.device)
         keywords["context"] = compiled.project_context(
-            keywords["hidden_states"], **make_tokens(preset, args.device, args.dtype)
+            keywords["hidden_states"], **merge_text(make_tokens(preset, args.device, args.dtype))
         )
         compiled(**keywords)
     compilations["other steps and tokens"] = counters["stats"]["unique_graphs"] - sum(compilations.values())
@@ -185,7 +201,7 @@ def measure_compile(args: argparse.Namespace) -> dict:
         latents = torch.randn(1, preset.channels, frames + more, height, width, device=args.device, dtype=args.dtype)
         tokens = make_tokens(preset, args.device, args.dtype)
         tokens["source_hidden_states"] = torch.randn_like(latents)
-        keywords |= {"hidden_states": latents, "context": compiled.project_context(latents, **tokens)}
+        keywords |= {"hidden_states": latents, "context": compiled.project_context(latents, **merge_text(tokens))}
         compiled(**keywords)
     compilations["three other numbers of frames"] = counters["stats"]["unique_graphs"] - sum(compilations.values())
     breaks = sum(counters["graph_break"].values())
@@ -197,6 +213,7 @@ MEASURES = {"transformer": measure_transformer, "edit": measure_edit, "compile":
 # Name of the ratio: part, what is divided, by what.
 RATIOS = {
     "transformer_vs_wan": ("transformer", "ours", "wan"),
+    "transformer_all_text_vs_wan": ("transformer", "ours, all text tokens", "wan"),
     "transformer_context_in_each_call_vs_wan": ("transformer", "ours, context in each call", "wan"),
     "edit_vs_lucy": ("edit", "ours", "lucy"),
     "edit_vs_lucy_plain": ("edit", "ours", "lucy-plain"),
@@ -242,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     result = {
         "ratios": {name: statistics.median(values) for name, values in turns.items()},
-        "settings": vars(args) | {"preset": {"name": args.preset} | asdict(PRESETS[args.preset])},
+        "settings": vars(args) | {"preset": {"name": args.preset} | dataclasses.asdict(PRESETS[args.preset])},
         **machine(args.device),
         **measured,
     }

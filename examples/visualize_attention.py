@@ -225,7 +225,7 @@ def token_maps(
             groups[f'"{label}"{repeat}'] = (tokens, "")
         groups["end of the text"] = (reading.marks, "")
         if reading.padding:
-            groups["padding of the text"] = (reading.padding, f"{len(reading.padding)} tokens")
+            groups["padding of the text"] = (reading.padding, "")
     return {label: (100 * maps[list(tokens)].sum(0), note) for label, (tokens, note) in groups.items()}
 
 

@@ -33,12 +33,13 @@ class BlockAttention:
         maps (`dict[str, torch.Tensor]`):
             By stream, `"edit"`, `"text"` or `"visual"`, `(batch, num_tokens, frames, height, width)` in [0, 1]: the
             share of its attention that the latent token at a place gives to each token. Over all tokens of a softmax
-            it sums to 1 at each place. Padding of the text has what the model gives it, which masks none of it;
-            visual tokens that are masked have 0.
+            it sums to 1 at each place. Padding of the text has what the model gives it, which masks none of it, in as
+            few tokens as the pipeline merges it into; visual tokens that are masked have 0.
         entropy (`dict[str, torch.Tensor]`):
             By stream, `(batch, frames, height, width)` in nats, in `[0, log(num_tokens)]`: the entropy of the
-            attention within the stream, scaled to sum to 1. It is taken of each head and step and then averaged: heads
-            that look at one token each have 0, whether or not it is the same one.
+            attention within the stream, scaled to sum to 1, merged padding as all that it stands for. It is taken of
+            each head and step and then averaged: heads that look at one token each have 0, whether or not it is the
+            same one.
         num_steps (`int`): How many steps were recorded.
         visual_positions (`torch.Tensor` of shape `(batch, num_visual, 3)`, *optional*):
             (time, row, column) of the visual tokens in [0, 1], as [`RVEDiTTransformer3DModel`] takes them.
@@ -88,6 +89,7 @@ class RecordingAttnProcessor:
 
     def __init__(self, processor, tokens: tuple[str, ...], call: _Call):
         self.processor, self.tokens, self.call = processor, tokens, call
+        self._attention_backend = processor._attention_backend
         self.sums = {}  # stream -> (batch, seq, num_tokens)
         self.entropy_sums = {}  # stream -> (batch, seq)
         self.num_steps = 0
@@ -126,12 +128,14 @@ class RecordingAttnProcessor:
         if context.key is not None:
             num_edit = self.call.num_edit if "edit" in self.tokens else 0
             lengths = {"edit": num_edit, "text": context.key.shape[1] - num_edit}
-            self._add(query, context.key, {name: length for name, length in lengths.items() if name in self.tokens})
+            lengths = {name: length for name, length in lengths.items() if name in self.tokens}
+            self._add(query, context.key, lengths, context.attention_mask)
 
         # 2. Visual tokens
         if context.visual_key is not None:
             query = _apply_rotary_emb(query, *rotary_emb)
-            self._add(query, context.visual_key, {"visual": context.visual_key.shape[1]}, visual_attention_mask)
+            mask = None if visual_attention_mask is None else visual_attention_mask[:, None, None, :]
+            self._add(query, context.visual_key, {"visual": context.visual_key.shape[1]}, mask)
             self.visual_positions = self.call.visual_positions.float().cpu()
             self.visual_attention_mask = None if visual_attention_mask is None else visual_attention_mask.cpu()
 
@@ -140,7 +144,7 @@ class RecordingAttnProcessor:
         query: torch.Tensor,  # (batch, seq, heads, head_dim)
         key: torch.Tensor,  # (batch, num_tokens, heads, head_dim)
         lengths: dict[str, int],  # of the streams in `key`, in their order
-        mask: torch.Tensor | None = None,  # (batch, num_tokens)
+        mask: torch.Tensor | None = None,  # (batch, 1, 1, num_tokens)
     ) -> None:
         batch_size, seq, num_heads, head_dim = query.shape
         for stream, length in lengths.items():
@@ -148,17 +152,21 @@ class RecordingAttnProcessor:
                 self.sums[stream] = torch.zeros(batch_size, seq, length)
                 self.entropy_sums[stream] = torch.zeros(batch_size, seq)
         key = key.float().permute(0, 2, 3, 1) / math.sqrt(head_dim)  # (batch, heads, head_dim, num_tokens)
+        bias = key.new_zeros(1, 1, 1, key.shape[-1]) if mask is None else mask
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill_(~bias, -math.inf)
+        bias = bias.float()
         rows = max(LOGITS_AT_ONCE // (batch_size * num_heads * key.shape[-1]), 1)
         for start in range(0, seq, rows):
             some = slice(start, start + rows)
-            logits = query[:, some].float().transpose(1, 2) @ key  # (batch, heads, rows, num_tokens)
-            if mask is not None:
-                logits = logits.masked_fill(~mask[:, None, None, :], -math.inf)
-            probabilities = logits.softmax(-1).mean(1).split(list(lengths.values()), -1)
-            within = logits.split(list(lengths.values()), -1)
-            for stream, share, stream_logits in zip(lengths, probabilities, within):
+            logits = query[:, some].float().transpose(1, 2) @ key + bias  # (batch, heads, rows, num_tokens)
+            parts = (each.split(list(lengths.values()), -1) for each in (logits.softmax(-1).mean(1), logits, bias))
+            for stream, share, stream_logits, stream_bias in zip(lengths, *parts):
                 self.sums[stream][:, some] += share.cpu()  # (batch, rows, stream's length)
-                entropy = torch.special.entr(stream_logits.softmax(-1)).sum(-1).mean(1)  # (batch, rows)
+                within = stream_logits.softmax(-1)
+                # A token whose logit has log(n) added stands for n of equal shares; one that is masked has none.
+                entropy = torch.special.entr(within) + within * stream_bias.clamp(min=0)
+                entropy = entropy.sum(-1).mean(1)  # (batch, rows)
                 self.entropy_sums[stream][:, some] += entropy.cpu()
 
     def average(self) -> BlockAttention:

@@ -12,9 +12,10 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import replace_example_docstring
-from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.utils.torch_utils import get_module_execution_device, is_compiled_module, randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
@@ -42,6 +43,12 @@ EXAMPLE_DOC_STRING = """
 """
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+MASKING_BACKENDS = (
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_MATH,
+)
+TEXT_LENGTHS = 64  # merged texts have a multiple of it, so that most share the graphs of a compiled transformer
 TRANSFERRED_AT_ONCE = 2  # frames to which an edit is transferred together: 18 floats a pixel
 FRAMES_AT_ONCE = 16  # are resized together: float copies of a whole clip at its own size would outweigh the models
 
@@ -386,6 +393,37 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         prompt_embeds = self.text_encoder(text_input_ids, mask).last_hidden_state  # (batch, text_len, text_dim)
         prompt_embeds = prompt_embeds.masked_fill(mask.unsqueeze(-1) == 0, 0.0)
         return prompt_embeds.to(device=device, dtype=dtype)  # by default as computed, which may not be as stored
+
+    def _merged_length(self, *texts: torch.Tensor | None) -> int | None:
+        # How many tokens hold all texts and three of their padding; `None`: the attention backend takes no mask
+        backend = self.transformer.blocks[-1].attn2.processor._attention_backend
+        if (backend or _AttentionBackendRegistry.get_active_backend()[0]) not in MASKING_BACKENDS:
+            return None
+        longest = 0
+        for text in texts:
+            if text is not None:
+                ends = torch.arange(1, text.shape[1] + 1, device=text.device)
+                longest = max(longest, int((ends * text.any(-1).any(0)).amax()))
+        return math.ceil((longest + 3) / TEXT_LENGTHS) * TEXT_LENGTHS
+
+    def _merge_tokens(self, conditions: dict[str, Any], text_length: int | None) -> dict[str, Any]:
+        # The arguments of `project_context` for tokens that are read alike, as fewer of them
+        text, mask = merge_padding(conditions["encoder_hidden_states"], text_length)
+        merged = conditions | {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+        modules = self.transformer.modules()
+        if is_compiled_module(self.transformer) or any(module._compiled_call_impl for module in modules):
+            return merged  # each number of tokens would take graphs of its own
+
+        # Null tokens have one value, which is what attention to them returns: one stands for all. In a softmax with
+        # other tokens their number counts.
+        readers = [set(block.tokens) for block in self.transformer.blocks]
+        edit, visual = conditions["edit_hidden_states"], conditions["visual_hidden_states"]
+        if edit is not None and not any({"edit", "text"} <= tokens for tokens in readers) and not edit.any():
+            merged["edit_hidden_states"] = edit[:, :1]
+        if visual is not None and {"visual"} not in readers and not visual.any():
+            merged["visual_hidden_states"] = visual[:, :1]
+            merged["visual_positions"] = conditions["visual_positions"][:, :1]
+        return merged
 
     def encode_tokens(
         self,
@@ -1021,7 +1059,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             reuse_context (`bool`, defaults to `True`):
                 Whether to keep the keys and values of all tokens in all blocks, which are the same in every step,
                 rather than compute them again. They take `4 * batch * tokens * dim * num_layers` bytes in bfloat16 for
-                each branch of guidance.
+                each branch of guidance. Tokens that are read alike are then merged, which changes nothing but
+                rounding: those of the null condition, unless the transformer is compiled, and the text's padding, see
+                [`merge_padding`], where the attention backend takes masks: PyTorch's own, the default, does.
 
         Examples:
 
@@ -1194,13 +1234,14 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             step_kwargs["generator"] = generator
 
         contexts = {}
+        text_length = self._merged_length(prompt_embeds, negative_prompt_embeds)
 
         def predict(branch, latents, timestep, cache_context, **conditions):
             # The flow of one branch of guidance, whose context is computed once
             conditions["visual_positions"] = visual_positions
             if reuse_context and branch not in contexts:
                 contexts[branch] = self.transformer.project_context(
-                    latents, attention_kwargs=attention_kwargs, **conditions
+                    latents, attention_kwargs=attention_kwargs, **self._merge_tokens(conditions, text_length)
                 )
             with self.transformer.cache_context(branch, **cache_context):
                 return self.transformer(
@@ -1266,6 +1307,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     negative_edit_embeds = callback_outputs.pop("negative_edit_embeds", negative_edit_embeds)
                     visual_embeds = callback_outputs.pop("visual_embeds", visual_embeds)
                     negative_visual_embeds = callback_outputs.pop("negative_visual_embeds", negative_visual_embeds)
+                    if not contexts:
+                        text_length = self._merged_length(prompt_embeds, negative_prompt_embeds)
 
                 progress_bar.update()
 
@@ -1313,6 +1356,37 @@ def _upload_with_card(
     if not subfolder:
         write_card(folder, repository.repo_id, repository.card)
     return upload(folder, repository, subfolder, commit_message, token, create_pr)
+
+
+def merge_padding(text: torch.Tensor | None, length: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    r"""
+    Cut a text's padding, and let what is left of it count for all of it.
+
+    The text has no positions in cross-attention, so padding tokens, which are all zero, have one key and one value:
+    one of them whose logit is raised by `log(n)` stands for `n`. The last three that are left share the `n` between
+    them, such that rounding a logit to `text.dtype` does not change their sum.
+
+    Args:
+        text (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
+            Text tokens, zero padded.
+        length (`int`, *optional*):
+            What to cut to; at least three more than the longest text. `None`: nothing is cut.
+
+    Returns:
+        `tuple`: the text `(batch, length, text_dim)`, and the `encoder_attention_mask` `(batch, length)` of
+        [`RVEDiTTransformer3DModel`] in its dtype; or, if `text_len` is not more than `length`, the text itself and
+        `None`.
+    """
+    if text is None or length is None or text.shape[1] <= length:
+        return text, None
+    rest, shares = text.shape[1] - length + 3, []
+    for others in (2, 1, 0):  # that are to count as at least one token each
+        share = 0.98 * (rest - others) if others else rest  # below what rounding could raise too far
+        shares.append(torch.tensor(share).log().to(text.dtype))
+        rest -= float(shares[-1].double().exp())
+    mask = text.new_zeros(len(text), length)
+    mask[:, -3:] = torch.stack(shares).to(text.device)
+    return text[:, :length], mask
 
 
 def _repeat(rows: torch.Tensor, num_outputs: int) -> torch.Tensor:

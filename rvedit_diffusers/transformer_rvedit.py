@@ -22,6 +22,7 @@ from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 
 
 TOKEN_STREAMS = ("edit", "text", "visual")
@@ -51,12 +52,15 @@ class ContextStates(NamedTuple):
     Args:
         key, value (`torch.Tensor`, *optional*): Of the editing and text tokens that the block reads.
         visual_key, visual_value (`torch.Tensor`, *optional*): Of the visual tokens, the keys rotated.
+        attention_mask (`torch.Tensor` of shape `(batch, 1, 1, tokens)`, *optional*):
+            Of `key`, as `scaled_dot_product_attention` takes it.
     """
 
     key: torch.Tensor | None = None
     value: torch.Tensor | None = None
     visual_key: torch.Tensor | None = None
     visual_value: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
 
 class RVEDiTContext(NamedTuple):
@@ -97,9 +101,14 @@ class RVEDiTAttnProcessor:
         visual_attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         # 1. Projections
+        attention_mask = None
         if attn.is_cross_attention:
+            key, value, visual_key, visual_value, attention_mask = context
+            if visual_key is None and attention_mask is None and key.shape[1] == 1:
+                # A single token gets all attention of every query.
+                feature = attn.to_out[1](attn.to_out[0](value.flatten(2, 3)))
+                return feature.expand(-1, hidden_states.shape[1], -1)
             query = attn.to_q(hidden_states)  # (batch, seq, dim)
-            key, value, visual_key, visual_value = context
         else:
             if attn.fused_projections:
                 query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -117,6 +126,7 @@ class RVEDiTAttnProcessor:
                 query if attn.is_cross_attention else _apply_rotary_emb(query, *rotary_emb),
                 key if attn.is_cross_attention else _apply_rotary_emb(key, *rotary_emb),
                 value,
+                attn_mask=attention_mask,
                 backend=self._attention_backend,
                 # Contexts stay whole on every rank, so only self-attention runs in parallel.
                 parallel_config=None if attn.is_cross_attention else self._parallel_config,
@@ -198,6 +208,9 @@ class RVEDiTAttention(WanAttention):
             visual_key = self.norm_added_k(visual_key).unflatten(2, (self.heads, -1))
             visual_key = _apply_rotary_emb(visual_key, *visual_rotary_emb)
             visual_value = visual_value.unflatten(2, (self.heads, -1))
+            if value is not None and visual_value.shape[1] == 1:
+                # A single token gets all attention of every query: its value can be added to all others.
+                value, visual_key, visual_value = value + visual_value, None, None
         return ContextStates(key, value, visual_key, visual_value)
 
     def forward(
@@ -306,16 +319,24 @@ class RVEDiTTransformerBlock(nn.Module):
         edit_hidden_states: torch.Tensor | None = None,
         visual_hidden_states: torch.Tensor | None = None,
         visual_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> ContextStates:
         """Keys and values of the streams that the block reads; see `forward` for their shapes."""
         tokens = [edit_hidden_states] if "edit" in self.tokens else []
         if "text" in self.tokens:
             tokens.append(encoder_hidden_states)
-        return self.attn2.project_context(
+        states = self.attn2.project_context(
             torch.cat(tokens, dim=1) if tokens else None,
             visual_hidden_states if "visual" in self.tokens else None,
             visual_rotary_emb,
         )
+        if encoder_attention_mask is None or "text" not in self.tokens:
+            return states
+        is_bool = encoder_attention_mask.dtype == torch.bool
+        mask = encoder_attention_mask if is_bool else encoder_attention_mask.type_as(states.key)
+        num_edit = states.key.shape[1] - mask.shape[1]  # all of them are read
+        mask = F.pad(mask, (num_edit, 0), value=True if is_bool else 0.0)
+        return states._replace(attention_mask=mask[:, None, None, :])
 
     def forward(
         self,
@@ -330,6 +351,7 @@ class RVEDiTTransformerBlock(nn.Module):
         visual_attention_mask: torch.Tensor | None = None,  # (batch, num_visual)
         return_features: bool = False,
         context: ContextStates | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,  # (batch, text_len)
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         modulation = self.scale_shift_table.float() + temb.float()  # (batch, 1 or seq, 6, dim)
         shift_msa, scale_msa, gate_msa, shift_ffn, scale_ffn, gate_ffn = modulation.unbind(2)
@@ -342,7 +364,11 @@ class RVEDiTTransformerBlock(nn.Module):
         # 2. Routed cross-attention
         if context is None:
             context = self.project_context(
-                encoder_hidden_states, edit_hidden_states, visual_hidden_states, visual_rotary_emb
+                encoder_hidden_states,
+                edit_hidden_states,
+                visual_hidden_states,
+                visual_rotary_emb,
+                encoder_attention_mask,
             )
         norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
         feature = self.attn2(norm_hidden_states, context, rotary_emb, visual_attention_mask)
@@ -548,6 +574,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         visual_positions: torch.Tensor | None = None,
         source_hidden_states: torch.Tensor | None = None,
         attention_kwargs: dict[str, Any] | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> RVEDiTContext | None:
         r"""
         Compute once what `forward` otherwise computes in every call: its `context`, for the calls with these tokens,
@@ -560,6 +587,8 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 What all calls have in common.
             attention_kwargs (`dict`, *optional*):
                 As in these calls.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*):
+                Of the text tokens; these calls need none.
 
         Returns:
             [`RVEDiTContext`]: keys and values of all tokens in all blocks, `4 * batch * num_tokens * dim * num_layers`
@@ -578,6 +607,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             visual_positions,
             source_hidden_states=source_hidden_states,
             attention_kwargs=attention_kwargs,
+            encoder_attention_mask=encoder_attention_mask,
         )
         if _is_group_offloaded(self) or isinstance(self.patch_embedding.weight, DTensor):
             return None
@@ -588,6 +618,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if edit_hidden_states is not None and self.edit_bias is not None:
             edit_hidden_states = edit_hidden_states + self.edit_bias.to(edit_hidden_states)
         streams = (encoder_hidden_states, edit_hidden_states, visual_hidden_states, visual_rotary_emb)
+        streams += (encoder_attention_mask,)
         blocks = tuple(block.project_context(*_near(block.attn2.to_q.weight, streams)) for block in self.blocks)
         return RVEDiTContext(rotary_emb, blocks, source_patches)
 
@@ -607,6 +638,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         context: RVEDiTContext | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
     ) -> RVEDiTTransformer3DModelOutput | tuple:
         r"""
         Predict the flow at `timestep`. Streams that no block reads are ignored. `dim` is the model's width and `seq`
@@ -619,7 +651,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             timestep (`torch.Tensor` of shape `(batch,)` or `(batch, seq)`):
                 Timesteps in `[0, 1000]`, per clip or per token.
             encoder_hidden_states (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
-                Text tokens, zero padded. All are attended to, as in Wan.
+                Text tokens, zero padded. All are attended to, as in Wan, but for `encoder_attention_mask`.
             edit_hidden_states (`torch.Tensor` of shape `(batch, num_edit_tokens, dim)`, *optional*):
                 Editing tokens of the distiller.
             visual_hidden_states (`torch.Tensor` of shape `(batch, num_visual, dim)`, *optional*):
@@ -641,7 +673,11 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             attention_kwargs (`dict`, *optional*):
                 `{"scale": float}` scales the LoRA layers during this call.
             context ([`RVEDiTContext`], *optional*):
-                Of `project_context`, in the place of the tokens, their positions and the source.
+                Of `project_context`, in the place of the tokens, their positions, the text's mask and the source.
+            encoder_attention_mask (`torch.Tensor` of shape `(batch, text_len)`, *optional*):
+                bool, `True` where a text token is read, or floating point, what is added to the logits of the
+                attention that it gets: `log(n)` lets a token count as `n` of its kind. `None`: all are read alike;
+                pass `None` then, since some attention backends take no mask.
 
         Returns:
             [`RVEDiTTransformer3DModelOutput`], or with `return_dict=False` the tuple `(sample,)`, or
@@ -664,6 +700,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             stop_after_block,
             attention_kwargs,
             context,
+            encoder_attention_mask,
         )
 
         batch_size, _, num_frames, height, width = hidden_states.shape
@@ -687,7 +724,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         # 3. Timestep and text. The embedder takes both: without text it gets a text of no tokens.
         if context is not None:
-            encoder_hidden_states = edit_hidden_states = visual_hidden_states = None
+            encoder_hidden_states = edit_hidden_states = visual_hidden_states = encoder_attention_mask = None
         if encoder_hidden_states is None:
             encoder_hidden_states = hidden_states.new_zeros(batch_size, 0, self.config.text_dim)
         if timestep.ndim == 1:
@@ -715,6 +752,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 visual_attention_mask,
                 return_features is not None and index in return_features,
                 None if context is None else context.blocks[index],
+                encoder_attention_mask,
             )
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden_states = self._gradient_checkpointing_func(block, *block_args)
@@ -758,6 +796,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         stop_after_block=None,
         attention_kwargs=None,
         context=None,
+        encoder_attention_mask=None,
     ):
         num_blocks = len(self.blocks)
         if attention_kwargs:
@@ -853,6 +892,14 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             if tokens is not None and (tokens.ndim != 3 or tokens.shape[0] != batch_size or tokens.shape[2] != width):
                 raise ValueError(
                     f"`{argument}` has to be ({batch_size}, sequence, {width}), got {tuple(tokens.shape)}."
+                )
+        if encoder_attention_mask is not None:
+            expected = None if encoder_hidden_states is None else tuple(encoder_hidden_states.shape[:2])
+            is_mask = encoder_attention_mask.dtype == torch.bool or encoder_attention_mask.is_floating_point()
+            if not is_mask or tuple(encoder_attention_mask.shape) != expected:
+                raise ValueError(
+                    f"`encoder_attention_mask` has to be bool or floating point of shape {expected}, as there are text"
+                    f" tokens, got {encoder_attention_mask.dtype} of {tuple(encoder_attention_mask.shape)}."
                 )
         if visual_hidden_states is not None:
             expected = (*visual_hidden_states.shape[:2], 3)

@@ -32,6 +32,7 @@ def result(tmp_path_factory):
 def test_ratios_are_those_of_the_times(result):
     assert list(result["ratios"]) == [
         "transformer_vs_wan",
+        "transformer_all_text_vs_wan",
         "transformer_context_in_each_call_vs_wan",
         "edit_vs_lucy",
         "edit_vs_lucy_plain",
@@ -50,9 +51,11 @@ def test_edits_run_in_bfloat16(monkeypatch):
 
 def test_formulas_count_what_calls_do(result):
     found = result["transformer"]["flops"]
-    assert set(found) == {"ours", "ours, context in each call", "wan"}
+    ways = ["ours", "ours, all text tokens", "ours, context in each call"]  # from the cheapest on
+    assert list(found) == [*ways, "wan"]
     assert all(flops["formula"] == flops["counted"] > 0 for flops in found.values())
-    assert found["ours"]["counted"] < found["ours, context in each call"]["counted"]
+    counts = [found[way]["counted"] for way in ways]
+    assert counts == sorted(set(counts))
 
 
 @pytest.mark.parametrize("changes", [{"num_layers": 5, "num_edit": 3}, {"channels": 7, "text_dim": 32, "num_text": 5}])

@@ -244,6 +244,72 @@ def test_edit_and_text_tokens_share_one_softmax():
     torch.testing.assert_close(both, moved, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("deep_tokens", [("text", "visual"), ("edit", "text")])
+@pytest.mark.parametrize("with_context", [False, True])
+@torch.no_grad()
+def test_masked_text_tokens_are_as_if_they_were_not_there(deep_tokens, with_context):
+    model, inputs = make_model(deep_tokens=deep_tokens), make_inputs()
+    text = inputs.pop("encoder_hidden_states")
+    mask = torch.arange(7).expand(2, -1) < 4
+    given = inputs
+    if with_context:
+        given = {name: inputs[name] for name in ("hidden_states", "timestep")}
+        tokens = {name: value for name, value in inputs.items() if name != "timestep"}
+        given["context"] = model.project_context(**tokens, encoder_hidden_states=text, encoder_attention_mask=mask)
+        masked = model(**given).sample
+    else:
+        masked = model(**given, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+    torch.testing.assert_close(masked, model(**inputs, encoder_hidden_states=text[:, :4]).sample, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(masked, model(**inputs, encoder_hidden_states=text).sample, atol=1e-3)
+
+
+@pytest.mark.parametrize("deep_tokens", [("text", "visual"), ("edit", "text")])
+@torch.no_grad()
+def test_a_logarithm_in_the_mask_counts_a_text_token_as_several(deep_tokens):
+    model, inputs = make_model(deep_tokens=deep_tokens), make_inputs()
+    text = inputs.pop("encoder_hidden_states")
+    counts = torch.tensor([[1, 1, 1, 4, 1, 1, 2], [3, 1, 1, 1, 3, 1, 1]])
+    counted = model(**inputs, encoder_hidden_states=text, encoder_attention_mask=counts.log()).sample
+    repeated = torch.stack([row.repeat_interleave(count, 0) for row, count in zip(text, counts)])
+    torch.testing.assert_close(counted, model(**inputs, encoder_hidden_states=repeated).sample, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(counted, model(**inputs, encoder_hidden_states=text).sample, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_edit, num_visual", [(1, 9), (5, 1), (1, 1)])
+@torch.no_grad()
+def test_a_single_token_is_read_as_equal_ones_are(num_edit, num_visual):
+    model, inputs = make_model(), make_inputs(num_visual=num_visual)
+    inputs["edit_hidden_states"] = inputs["edit_hidden_states"][:, :num_edit]
+    repeated = dict(inputs)
+    for name, count in (("edit_hidden_states", num_edit), ("visual_hidden_states", num_visual)):
+        if count == 1:
+            repeated[name] = inputs[name].expand(-1, 3, -1)
+    repeated["visual_positions"] = torch.rand(2, repeated["visual_hidden_states"].shape[1], 3)
+    if num_visual != 1:
+        repeated["visual_positions"] = inputs["visual_positions"]
+    single = model(**inputs, return_features=[SHALLOW, DEEP])
+    several = model(**repeated, return_features=[SHALLOW, DEEP])
+    torch.testing.assert_close(single.sample, several.sample, atol=1e-5, rtol=1e-5)
+    for feature, expected in zip(single.features, several.features):
+        torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(2, 6, dtype=torch.bool), r"shape \(2, 7\), as there are text tokens, got torch.bool of \(2, 6\)"),
+        (torch.ones(2, 7, dtype=torch.int64), r"shape \(2, 7\), as there are text tokens, got torch.int64 of"),
+    ],
+)
+def test_text_mask_that_does_not_fit_is_refused(mask, message):
+    model, inputs = make_model(), make_inputs()
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, encoder_attention_mask=mask)
+    del inputs["timestep"]
+    with pytest.raises(ValueError, match=message):
+        model.project_context(**inputs, encoder_attention_mask=mask)
+
+
 @torch.no_grad()
 def test_a_stream_that_no_block_reads_may_be_missing():
     model = make_model(shallow_tokens=("edit",), deep_tokens=("edit", "visual"))
