@@ -227,7 +227,6 @@ def test_the_shallow_blocks_read_editing_tokens_the_others_text_and_visual_token
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@torch.no_grad()
 def test_with_text_in_all_blocks_it_is_the_base_bit_for_bit(bases, converted, dtype):
     for family in WAN_FAMILIES:
         base = WanTransformer3DModel.from_pretrained(bases / family, subfolder="transformer", torch_dtype=dtype)

@@ -25,6 +25,7 @@ from rvedit_diffusers.training.memory import (
     pair_tensors,
     step_bytes,
 )
+from rvedit_diffusers.training.options import computes_in_bfloat16
 from rvedit_diffusers.training.pairs import SyntheticPairs
 from rvedit_diffusers.training.samples import Draws
 
@@ -86,6 +87,8 @@ def data_bytes(path):
 def test_a_step_takes_what_the_allocator_hands_out(
     training_type, checkpointing, batch_size, accumulation, autocast_dtype
 ):
+    if autocast_dtype is not None and not computes_in_bfloat16(torch.device("cpu")):
+        pytest.skip("this CPU's kernels make copies in float32")
     branches, sample = build_branches(training_type, checkpointing), build_sample()
     estimate = step_bytes(branches, sample, batch_size, accumulation, autocast_dtype)
     for layer in branches.modules():
