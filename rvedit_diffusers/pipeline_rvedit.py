@@ -396,7 +396,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
     def _merged_length(self, *texts: torch.Tensor | None) -> int | None:
         # How many tokens hold all texts and three of their padding; `None`: the attention backend takes no mask
-        backend = self.transformer.blocks[-1].attn2.processor._attention_backend
+        backend = getattr(self.transformer.blocks[-1].attn2.processor, "_attention_backend", None)
         if (backend or _AttentionBackendRegistry.get_active_backend()[0]) not in MASKING_BACKENDS:
             return None
         longest = 0

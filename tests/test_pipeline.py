@@ -686,6 +686,16 @@ def test_null_tokens_are_merged_unless_the_transformer_is_compiled(pipe, clip):
     assert shallow.counts == [(NUM_EDIT_TOKENS, None)] * 2 and deep.counts == [(num_text, num_visual)] * 2
 
 
+def test_null_tokens_are_merged_beside_masked_ones(pipe, clip):
+    tokens = tokens_of(pipe, clip)
+    tokens["visual_attention_mask"] = torch.arange(tokens["visual_embeds"].shape[1])[None] > 0
+    deep = Keys(pipe.transformer.blocks[-1].attn2)
+    merged = edit(pipe, clip, **tokens, num_inference_steps=2)
+    assert [visual for _, visual in deep.counts] == [tokens["visual_embeds"].shape[1], None] * 2
+    plain = edit(pipe, clip, **tokens, num_inference_steps=2, reuse_context=False)
+    torch.testing.assert_close(merged, plain, atol=1e-5, rtol=0)
+
+
 def test_null_editing_tokens_beside_text_keep_their_number(clip):
     pipe = build_pipeline(shallow_tokens=("edit", "text"))
     keys = Keys(pipe.transformer.blocks[0].attn2)
