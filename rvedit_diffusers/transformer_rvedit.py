@@ -104,8 +104,9 @@ class RVEDiTAttnProcessor:
         attention_mask = None
         if attn.is_cross_attention:
             key, value, visual_key, visual_value, attention_mask = context
-            if visual_key is None and attention_mask is None and key.shape[1] == 1:
-                # A single token gets all attention of every query.
+            # A single token gets all attention of every query. In training its key gets a gradient all the same, of 0.
+            is_single = visual_key is None and attention_mask is None and key.shape[1] == 1
+            if is_single and not torch.is_grad_enabled():
                 feature = attn.to_out[1](attn.to_out[0](value.flatten(2, 3)))
                 return feature.expand(-1, hidden_states.shape[1], -1)
             query = attn.to_q(hidden_states)  # (batch, seq, dim)
@@ -212,7 +213,7 @@ class RVEDiTAttention(WanAttention):
             visual_key = self.norm_added_k(visual_key).unflatten(2, (self.heads, -1))
             visual_key = _apply_rotary_emb(visual_key, *visual_rotary_emb)
             visual_value = visual_value.unflatten(2, (self.heads, -1))
-            if value is not None and visual_value.shape[1] == 1:
+            if value is not None and visual_value.shape[1] == 1 and not torch.is_grad_enabled():
                 # A single token gets all attention of every query: its value can be added to all others.
                 value, visual_key, visual_value = value + visual_value, None, None
         return ContextStates(key, value, visual_key, visual_value)

@@ -297,6 +297,13 @@ def test_a_single_token_is_read_as_equal_ones_are(num_edit, num_visual):
         torch.testing.assert_close(feature, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_all_parameters_get_gradients_of_single_tokens():
+    model, inputs = make_model(), make_inputs(num_visual=1)
+    inputs["edit_hidden_states"] = inputs["edit_hidden_states"][:, :1]
+    model(**inputs).sample.square().mean().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 @pytest.mark.parametrize(
     "mask, message",
     [
