@@ -117,7 +117,7 @@ def count_memory(preset: Preset, training_type: str, checkpointing: bool) -> dic
     blocks = [num_bytes(block.parameters()) for block in whole.transformer.blocks]
     own = sum(p.nbytes for p in whole.transformer.blocks[-1].parameters() if p.requires_grad)
     # A block's gradients and copies in bfloat16 come with it, but not with what autograd keeps of it.
-    kept = two - one if not checkpointing else preset.num_tokens * preset.dim * 4
+    kept = two - one if not checkpointing else 2 * preset.num_tokens * preset.dim  # its input, in bfloat16
     return {
         "weights": num_bytes(whole.parameters()),
         "gradients": num_bytes(trained),
