@@ -3,6 +3,7 @@ import math
 import numbers
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -344,7 +345,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_len, text_dim)`, *optional*):
                 Likewise for `negative_prompt`.
             max_sequence_length (`int`, defaults to 512):
-                Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less.
+                Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less;
+                what is cut off is warned of.
             device (`torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
                 Of the result; by default the pipeline's execution device and what the text encoder computes in.
 
@@ -378,11 +380,17 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        prompt = [prompt] if isinstance(prompt, str) else prompt
+        texts = [prompt_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        length = min(max_sequence_length, self.tokenizer.model_max_length)
+        for tokens in self.tokenizer(texts, verbose=False).input_ids:
+            if len(tokens) > length:  # the last is the mark of the end, which stays
+                lost = self.tokenizer.decode(tokens[length - 1 : -1])
+                message = f"The text encoder reads {length} tokens, and not the end of the text: {lost!r}."
+                warnings.warn(message, stacklevel=3)
         text_inputs = self.tokenizer(
-            [prompt_clean(text) for text in prompt],
+            texts,
             padding="max_length",
-            max_length=min(max_sequence_length, self.tokenizer.model_max_length),
+            max_length=length,
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,

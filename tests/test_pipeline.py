@@ -1,5 +1,6 @@
 import copy
 import json
+import warnings
 
 import numpy as np
 import PIL.Image
@@ -416,6 +417,16 @@ def test_text_is_zero_padded_to_the_tokenizers_length(shared_pipe):
     assert prompt_embeds.shape[1] == shared_pipe.tokenizer.model_max_length
     assert not prompt_embeds[:, num_tokens:].any() and prompt_embeds[:, :num_tokens].any()
     torch.testing.assert_close(shorter, prompt_embeds[:, :6])
+
+
+def test_what_the_text_encoder_does_not_read_is_warned_of(shared_pipe):
+    words = ["make", "the", "red", "ball", "blue"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shared_pipe.encode_prompt(" ".join(words), max_sequence_length=6)  # and the mark of the end
+    with pytest.warns(UserWarning, match="reads 4 tokens, and not the end of the text: 'ball blue'") as warned:
+        shared_pipe.encode_prompt(["remove the ball", " ".join(words)], max_sequence_length=4)
+    assert len(warned) == 1
 
 
 def test_max_sequence_length_cuts_the_prompt(shared_pipe, clip):
