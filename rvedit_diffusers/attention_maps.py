@@ -126,9 +126,10 @@ class RecordingAttnProcessor:
 
         # 1. Editing and text tokens
         if context.key is not None:
-            num_edit = self.call.num_edit if "edit" in self.tokens else 0
-            lengths = {"edit": num_edit, "text": context.key.shape[1] - num_edit}
-            lengths = {name: length for name, length in lengths.items() if name in self.tokens}
+            num_tokens = context.key.shape[1]  # may be fewer than the call has, where the pipeline merges them
+            lengths = {name: num_tokens for name in ("edit", "text") if name in self.tokens}
+            if len(lengths) == 2:
+                lengths = {"edit": self.call.num_edit, "text": num_tokens - self.call.num_edit}
             self._add(query, context.key, lengths, context.attention_mask)
 
         # 2. Visual tokens

@@ -123,6 +123,13 @@ def test_merged_padding_is_recorded_as_all_of_it():
         torch.testing.assert_close(merged[1].entropy[stream], entropy, atol=1e-5, rtol=1e-5)
 
 
+def test_null_editing_tokens_are_recorded_as_the_one_that_they_are_merged_into(pipe, clip):
+    with record_attention(pipe.transformer, [0]) as attention:
+        pipe(clip, PROMPT, edit_embeds=torch.zeros(1, 5, DIM), num_inference_steps=1)
+    torch.testing.assert_close(attention[0].maps["edit"], torch.ones_like(attention[0].maps["edit"]))
+    assert attention[0].maps["edit"].shape[1] == 1
+
+
 @torch.no_grad()
 def test_softmax_sums_to_one_over_its_valid_tokens():
     transformer, inputs = build_transformer(**EVERYTHING), make_inputs()
