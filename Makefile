@@ -37,14 +37,15 @@ tiny: .venv/installed
 	c++ --version > /dev/null
 	$(TRAIN) examples/tiny/train_vae.py --output runs/vae
 	$(TRAIN) examples/tiny/train_mllm.py --output runs/mllm
-	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
+	$(TRAIN) examples/tiny/train_text.py --output runs/text
+	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --text runs/text --output runs/init
 	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
 		--model runs/init --output runs/editor --config examples/tiny/editor.json --resume_from_checkpoint latest
 	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/train.py \
 		--model runs/editor/pipeline --output runs/editor-17 --config examples/tiny/editor_17_frames.json \
 		--resume_from_checkpoint latest
 	$(RUN) examples/evaluate.py --model runs/editor-17/pipeline --num_samples $(NUM) --seed $(SEED) --output runs/scores
-	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm \
+	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --text runs/text \
 		--editor runs/editor runs/editor-17 --scores runs/scores/results.json
 
 lint: .venv/installed

@@ -1,6 +1,7 @@
-"""Put the embedded checkpoint's parts together: trained VAE and MLLM, and an editor that is untrained or another's.
+"""Put the embedded checkpoint's parts together: trained VAE, MLLM and text encoder, and an editor that is untrained or
+another's.
 
-python examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --output runs/init
+python examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --text runs/text --output runs/init
 """
 
 import argparse
@@ -8,22 +9,20 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
-from transformers import Qwen2_5_VLForConditionalGeneration, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import Qwen2_5_VLForConditionalGeneration, T5Tokenizer, UMT5EncoderModel
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
-from rvedit_diffusers.synthetic.wording import clauses
-from rvedit_diffusers.tiny import build_text_tokenizer, take_over_embeddings
 from rvedit_diffusers.transformer_rvedit import TOKEN_STREAMS
-
-
-TEXT_WIDTH = 96
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="folder of train_vae.py's VAE")
     parser.add_argument("--mllm", type=Path, required=True, help="output folder of train_mllm.py")
-    parser.add_argument("--start", type=Path, help="folder of a pipeline whose editor to begin with")
+    parser.add_argument("--text", type=Path, required=True, help="output folder of train_text.py")
+    parser.add_argument(
+        "--start", type=Path, help="folder of a pipeline whose transformer and connectors to begin with"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -31,18 +30,8 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderKLWan.from_pretrained(args.vae)
     distiller = RVEDiTTokenDistiller.from_pretrained(args.mllm / "distiller")
-    tokenizer = build_text_tokenizer(clauses(), model_max_length=40)  # three operations take 31
-    text_encoder = UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=TEXT_WIDTH,
-            d_kv=24,
-            d_ff=2 * TEXT_WIDTH,
-            num_layers=2,
-            num_heads=4,
-            dropout_rate=0.0,
-        )
-    )
+    tokenizer = T5Tokenizer.from_pretrained(args.text / "tokenizer")
+    text_encoder = UMT5EncoderModel.from_pretrained(args.text / "text_encoder", dtype=torch.float32)
     num_heads = 4
     transformer = RVEDiTTransformer3DModel(
         patch_size=(1, 1, 1),
@@ -51,7 +40,7 @@ def main() -> None:
         in_channels=vae.config.z_dim,
         source_channels=vae.config.z_dim,
         out_channels=vae.config.z_dim,
-        text_dim=TEXT_WIDTH,
+        text_dim=text_encoder.config.d_model,
         freq_dim=128,
         ffn_dim=3 * distiller.config.dim,
         num_layers=6,
@@ -72,9 +61,6 @@ def main() -> None:
         connected = RVEDiTTokenDistiller.from_pretrained(args.start / "distiller", torch_dtype=torch.float32)
         connected.queries = distiller.queries
         distiller = connected
-        weights = UMT5EncoderModel.from_pretrained(args.start / "text_encoder").state_dict()
-        vocabulary = T5Tokenizer.from_pretrained(args.start / "tokenizer").get_vocab()
-        take_over_embeddings(text_encoder, tokenizer.get_vocab(), weights, vocabulary)
     pipe = RVEDiTPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,

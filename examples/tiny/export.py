@@ -2,7 +2,8 @@
 
 MODEL_CARD.md is the same card.
 
-python examples/tiny/export.py --vae runs/vae --mllm runs/mllm --editor runs/editor --scores runs/scores/results.json
+python examples/tiny/export.py --vae runs/vae --mllm runs/mllm --text runs/text --editor runs/editor \
+    --scores runs/scores/results.json
 """
 
 import argparse
@@ -49,16 +50,24 @@ def millions(folder: Path) -> float:
     return total / 1e6
 
 
+def listed(answers: dict[str, float]) -> str:
+    """The last entry of a log in words, but for when it was."""
+    return ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in answers.items() if k not in ("step", "seconds"))
+
+
 def model_card(folder: Path) -> str:
     """The card of the checkpoint in a folder: of its weights and of what its `training` folder holds."""
     training = folder / "training"
     summary = json.loads((training / "summary.json").read_text())
-    vae, mllm, editor = last(training / "vae.jsonl"), last(training / "mllm.jsonl"), summary["editor"]
+    vae, mllm, text = (last(training / f"{name}.jsonl") for name in ("vae", "mllm", "text"))
+    editor = summary["editor"]
     sizes = {path.name: millions(path) for path in folder.iterdir() if path.is_dir()}
-    editor_size = sum(sizes[name] for name in ("transformer", "distiller", "text_encoder"))
+    editor_size = sizes["transformer"] + sizes["distiller"]
+    of_text = (sizes["text_encoder"], "parses of instructions (`train_text.py`)")
     parts = [
         ["autoencoder", sizes["vae"], "reconstruction of clips (`train_vae.py`)", vae["step"], vae["seconds"]],
         ["MLLM and queries", sizes["mllm"], "questions about scenes (`train_mllm.py`)", mllm["step"], mllm["seconds"]],
+        ["text encoder", *of_text, text["step"], text["seconds"]],
         ["editor", editor_size, "flow matching (`train.py`)", editor["step"], editor["minutes"] * 60],
     ]
     return fill_model_card(
@@ -73,9 +82,8 @@ def model_card(folder: Path) -> str:
             [[name, f"{size:.2f} M", how, step, f"{seconds / 60:.0f}"] for name, size, how, step, seconds in parts],
         ),
         note=summary["note"],
-        answers=", ".join(
-            f"{name.replace('_', ' ')} {value:.2f}" for name, value in mllm.items() if name not in ("step", "seconds")
-        ),
+        answers=listed(mllm),
+        parses=listed({name.removesuffix("_right"): value for name, value in text.items()}),
     )
 
 
@@ -83,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vae", type=Path, required=True, help="output folder of train_vae.py")
     parser.add_argument("--mllm", type=Path, required=True, help="output folder of train_mllm.py")
+    parser.add_argument("--text", type=Path, required=True, help="output folder of train_text.py")
     parser.add_argument(
         "--editor",
         type=Path,
@@ -103,7 +112,7 @@ def main() -> None:
         path = temporary / name / "config.json"
         path.write_text(path.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
     (temporary / "training").mkdir()
-    for name, folder in (("vae", args.vae), ("mllm", args.mllm)):
+    for name, folder in (("vae", args.vae), ("mllm", args.mllm), ("text", args.text)):
         shutil.copy(folder / "log.jsonl", temporary / "training" / f"{name}.jsonl")
     entries = joined_logs(args.editor)
     lines = [json.dumps(entry) + "\n" for entry in entries]
