@@ -14,6 +14,7 @@ from transformers import UMT5EncoderModel
 from rvedit_diffusers import TINY_CHECKPOINT
 from rvedit_diffusers.synthetic.levels import held_out
 from rvedit_diffusers.synthetic.stage import HELD_OUT_LOOKS
+from rvedit_diffusers.training import checkpoint
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "tiny" / "train_text.py"
@@ -36,6 +37,8 @@ def test_spans_are_the_clauses_and_names_of_the_instruction(drawn, script):
         assert len(spans) == len(facts)
         for (whole, *parts), fact in zip(spans, facts, strict=True):
             assert whole[2] == script["PARTS"].index("rest") and whole[0] < whole[1] <= len(text)
+            if parts:  # all of a name, and not the beginning of a word such as "its"
+                assert text[parts[1][1] : parts[1][1] + 1] in ("", " ", ",")
             for begin, end, part in parts:
                 said, name = text[begin:end].strip(), script["PARTS"][part]
                 if not said:
@@ -82,9 +85,7 @@ def test_each_token_has_the_answers_of_its_clause(script):
         {"operation": ["remove"], "value": [], "name": ["red", "circle"]},
         {"operation": ["resize"], "value": ["smaller"], "name": ["star", "left of", "of blue", "of square"]},
     ]
-    make_batch = script["make_batch"]
-    make_batch.__globals__["draw_instruction"] = lambda rng: (text, spans, facts)
-    batch = make_batch(None, tokenizer, 2)
+    batch = script["make_batch"]([(text, spans, facts)] * 2, tokenizer)
 
     words = [word.removeprefix("▁") for word in tokenizer.convert_ids_to_tokens(batch["input_ids"][1])]
     count = len(text.split())
@@ -99,14 +100,18 @@ def test_each_token_has_the_answers_of_its_clause(script):
     assert batch["value"][1, 5].nonzero().flatten().tolist() == [script["VALUE_WORDS"].index("smaller")]
 
 
-def test_layers_that_are_added_begin_as_the_identity(script):
+def test_layers_that_are_added_begin_as_the_identity(script, drawn):
     tokenizer = script["build_text_tokenizer"](script["clauses"](), model_max_length=script["MAX_LENGTH"])
     deep = script["build_text_encoder"](len(tokenizer), num_layers=6)
     shallow = script["begin_with"](deep, tokenizer, Path(TINY_CHECKPOINT))
     assert shallow.config.num_layers < 6
-    batch = script["make_batch"](np.random.default_rng(0), tokenizer, 4)
+    batch = script["make_batch"](drawn[:4], tokenizer)
     states = [model.eval()(batch["input_ids"], batch["attention_mask"]).last_hidden_state for model in (deep, shallow)]
     torch.testing.assert_close(*states)
+    with pytest.raises(SystemExit, match="no place for: encoder.block.1"):
+        script["begin_with"](
+            script["build_text_encoder"](len(tokenizer), num_layers=1), tokenizer, Path(TINY_CHECKPOINT)
+        )
 
 
 def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
@@ -124,8 +129,6 @@ def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
     class Stop(Exception):
         pass
-
-    from rvedit_diffusers.training import checkpoint
 
     plain, saved = checkpoint.save_checkpoint, []
 
@@ -158,6 +161,29 @@ def test_a_probe_teaches_the_heads_alone_and_writes_no_model(tmp_path, monkeypat
     for name, weight in asked.items():
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
 
-    monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(tmp_path), "--probe"])
+
+def test_states_that_are_kept_move_less(tmp_path, monkeypatch):
+    def moved(keep):
+        options = ["--start", TINY_CHECKPOINT, "--keep", keep, "--steps", 20, "--batch_size", 4, "--save_every", 20]
+        folder = tmp_path / str(keep)
+        monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(folder), *map(str, options)])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return log[0]["moved"] / keep
+
+    assert moved(1000) < 0.5 * moved(1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--probe"], "--probe needs --start"),
+        (["--keep", "2"], "--keep 2 needs --start"),
+        (["--start", TINY_CHECKPOINT, "--probe", "--keep", "2"], "--keep 2 needs --start, and no --probe"),
+    ],
+)
+def test_options_without_effect_are_refused(tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(tmp_path / "run"), *map(str, options)])
     with pytest.raises(SystemExit):
         runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from rvedit_diffusers.training.checkpoint import (
     checkpoints,
     differences,
     export,
+    keep_latest,
     load_checkpoint,
     load_weights,
     open_log,
@@ -190,6 +191,17 @@ def test_pruning_removes_the_oldest_and_what_was_left_half_done(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     prune_checkpoints(tmp_path, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_the_latest_is_kept_alone_and_stays_if_the_next_cannot_be_written(tmp_path):
+    _, heads, optimizer = build()
+    for step in (1, 2):
+        keep_latest(tmp_path, heads, optimizer, {"step": step})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+    (tmp_path / "checkpoint-3").write_text("in the way")
+    with pytest.raises(SystemExit, match="checkpoint-3 cannot be written"):
+        keep_latest(tmp_path, heads, optimizer, {"step": 3})
+    assert read_state(tmp_path / "checkpoint-2")["step"] == 2
 
 
 def test_a_folder_is_replaced_whole(tmp_path):

@@ -27,13 +27,7 @@ from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, PLACES, RESIZES
 from rvedit_diffusers.synthetic.scenes import SIZES, STYLES, coverage
 from rvedit_diffusers.synthetic.wording import clauses
 from rvedit_diffusers.tiny import save_tiny_mllm, take_over_embeddings
-from rvedit_diffusers.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    open_log,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from rvedit_diffusers.training.checkpoint import checkpoints, keep_latest, load_checkpoint, open_log
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 from rvedit_diffusers.training.options import default_precision
 from rvedit_diffusers.training.pairs import draw_pair
@@ -343,10 +337,7 @@ def main() -> None:
             if step % args.save_every == 0:
                 entry |= evaluate(mllm, distiller, heads, processor, unseen)
                 state = {"step": step, "seconds": time.monotonic() - started}
-                problem = save_checkpoint(args.output / f"checkpoint-{step}", {}, learned, optimizer, state)
-                if problem is not None:
-                    raise SystemExit(f"checkpoint-{step} cannot be written: {problem}")
-                prune_checkpoints(args.output, 1)
+                keep_latest(args.output, learned, optimizer, state)
             log.write(json.dumps(entry) + "\n")
             log.flush()
 

@@ -10,7 +10,9 @@ said about the same object, which operations, with which values, on what object.
 
 import argparse
 import json
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +23,12 @@ from tqdm import tqdm
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from rvedit_diffusers.synthetic import COLOURS, SHAPES
-from rvedit_diffusers.synthetic.levels import NUM_WORDINGS, TRAIN_LEVELS, draw_plan
+from rvedit_diffusers.synthetic.levels import CATEGORY_WEIGHTS, NUM_WORDINGS, TRAIN_LEVELS, draw_plan
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, VALUES, Operation
 from rvedit_diffusers.synthetic.stage import HELD_OUT_LOOKS
-from rvedit_diffusers.synthetic.wording import SIDES, clause, clauses, sentence
+from rvedit_diffusers.synthetic.wording import COMPARISONS, SIDES, clause, clauses, sentence
 from rvedit_diffusers.tiny import build_text_tokenizer, take_over_embeddings
-from rvedit_diffusers.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    open_log,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from rvedit_diffusers.training.checkpoint import checkpoints, keep_latest, load_checkpoint, open_log
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 
 
@@ -41,23 +37,23 @@ TEXT_CONFIG = {"d_model": 96, "d_kv": 24, "d_ff": 192, "num_layers": 4, "num_hea
 KINDS = LOCAL + GLOBAL
 VALUE_WORDS = sorted({word for values in VALUES.values() for value in values for word in value})
 LOOKS = [look for look in ((c, s) for c in COLOURS for s in SHAPES) if look not in HELD_OUT_LOOKS]
-COMPARISONS = "leftmost rightmost topmost bottommost largest smallest moving".split()
 SIDE_WORDS = [side for pair in SIDES for side in pair]
 # what phrases say of an object: colour, shape, comparison; of the one that it is named by: side, colour, shape
 NAME_WORDS = [*COLOURS, *SHAPES, *COMPARISONS, *SIDE_WORDS, *(f"of {word}" for word in (*COLOURS, *SHAPES))]
 PARTS = ("object", "anchor", "rest")
-# classes of each question; of `part` one is right, of the others several may be
-QUESTIONS = {"part": len(PARTS), "operation": len(KINDS), "value": len(VALUE_WORDS), "name": len(NAME_WORDS)}
+# asked of each token, the answers in the order of these words: one of the parts, any of the others
+ANSWERS = {"operation": KINDS, "value": VALUE_WORDS, "name": NAME_WORDS}
+QUESTIONS = {"part": PARTS} | ANSWERS
 
 
 def draw_name(rng: np.random.Generator) -> tuple[str, int, list[str]]:
     """A phrase for an object, where in it its anchor begins, and its words among `NAME_WORDS`."""
     colour, shape = LOOKS[rng.integers(len(LOOKS))]
-    form = rng.random()
-    if form < 0.4:
+    category = rng.choice(len(CATEGORY_WEIGHTS), p=CATEGORY_WEIGHTS)
+    if category == 0:
         phrase, words = f"the {colour} {shape}", [colour, shape]
-    elif form < 0.7:
-        word = (COMPARISONS + list(COLOURS))[rng.integers(len(COMPARISONS) + len(COLOURS))]
+    elif category == 1:
+        word = (*COMPARISONS, *COLOURS)[rng.integers(len(COMPARISONS) + len(COLOURS))]
         phrase, words = f"the {word} object", [word]
     else:
         own, side = SHAPES[rng.integers(len(SHAPES))], SIDE_WORDS[rng.integers(len(SIDE_WORDS))]
@@ -66,12 +62,15 @@ def draw_name(rng: np.random.Generator) -> tuple[str, int, list[str]]:
     return phrase, len(phrase), words
 
 
-def draw_instruction(rng: np.random.Generator) -> tuple[str, list[tuple[int, int, int]], list[dict[str, list[str]]]]:
+Instruction = tuple[str, list[list[tuple[int, int, int]]], list[dict[str, list[str]]]]
+
+
+def draw_instruction(rng: np.random.Generator) -> Instruction:
     """An instruction as the levels of training have them, though of no scene.
 
     Returns:
-        `tuple`: The instruction; spans of it as `(begin, end, part)`, later ones in earlier ones; and for each clause
-        its span and what is said about its object.
+        `tuple`: The instruction; for each clause its own span as `(begin, end, part)`, and then those of what it calls
+        its object; and for each clause the `ANSWERS` about its object.
     """
     plan = draw_plan(rng, TRAIN_LEVELS[rng.integers(len(TRAIN_LEVELS))])
     said, targets, facts = [], [], {}
@@ -98,8 +97,9 @@ def draw_instruction(rng: np.random.Generator) -> tuple[str, list[tuple[int, int
     for words, phrase, anchor in said:
         start = text.index(words, start)
         parts = [(start, start + len(words), PARTS.index("rest"))]
-        if phrase is not None and phrase in words:  # "its" is none
-            begin = start + words.index(phrase)
+        called = phrase and re.search(rf"\b{phrase}\b", words)  # "its color" calls it nothing
+        if called:
+            begin = start + called.start()
             parts.append((begin, begin + anchor, PARTS.index("object")))
             parts.append((begin + anchor, begin + len(phrase), PARTS.index("anchor")))
         spans.append(parts)
@@ -107,9 +107,8 @@ def draw_instruction(rng: np.random.Generator) -> tuple[str, list[tuple[int, int
     return text, spans, [facts[target] for target in targets]
 
 
-def make_batch(rng: np.random.Generator, tokenizer: T5Tokenizer, size: int) -> dict[str, torch.Tensor]:
+def make_batch(drawn: Sequence[Instruction], tokenizer: T5Tokenizer) -> dict[str, torch.Tensor]:
     """Token ids, mask, and for each token its `part`, -100 between clauses, and the other answers as 0 and 1."""
-    drawn = [draw_instruction(rng) for _ in range(size)]
     inputs = tokenizer(
         [text for text, _, _ in drawn],
         padding="max_length",
@@ -120,15 +119,14 @@ def make_batch(rng: np.random.Generator, tokenizer: T5Tokenizer, size: int) -> d
     )
     # a word's token begins at the space before it, and the padding nowhere
     ends = inputs.pop("offset_mapping")[:, :, 1]
-    part = torch.full((size, MAX_LENGTH), -100)
-    words = {"operation": KINDS, "value": VALUE_WORDS, "name": NAME_WORDS}
-    given = {name: torch.zeros(size, MAX_LENGTH, len(known)) for name, known in words.items()}
+    part = torch.full((len(drawn), MAX_LENGTH), -100)
+    given = {name: torch.zeros(len(drawn), MAX_LENGTH, len(known)) for name, known in ANSWERS.items()}
     for row, (_, spans, facts) in enumerate(drawn):
         for parts, fact in zip(spans, facts, strict=True):
             for begin, end, number in parts:
                 part[row, (ends[row] > begin) & (ends[row] <= end)] = number
             inside = ((ends[row] > parts[0][0]) & (ends[row] <= parts[0][1])).float()
-            for name, known in words.items():
+            for name, known in ANSWERS.items():
                 answer = torch.zeros(len(known))
                 answer[[known.index(word) for word in fact[name]]] = 1.0
                 given[name][row] += inside[:, None] * answer
@@ -143,8 +141,9 @@ def ask(text_encoder: UMT5EncoderModel, heads: nn.ModuleDict, batch: dict[str, t
 
 @torch.no_grad()
 def evaluate(text_encoder: UMT5EncoderModel, heads: nn.ModuleDict, tokenizer: T5Tokenizer) -> dict[str, float]:
-    """Shares of the tokens whose answers are right in all classes, of 512 instructions that no training draws."""
-    _, logits, truth = ask(text_encoder, heads, make_batch(np.random.default_rng(1_000_000), tokenizer, 512))
+    """Shares of the tokens whose answers are right in all classes, of 512 instructions of a seed of their own."""
+    rng = np.random.default_rng(1_000_000)
+    _, logits, truth = ask(text_encoder, heads, make_batch([draw_instruction(rng) for _ in range(512)], tokenizer))
     right = {name: (logits[name] > 0) == truth[name].bool() for name in logits if name != "part"}
     scores = {f"{name}_right": hits.all(1).float().mean().item() for name, hits in right.items()}
     return scores | {"part_right": (logits["part"].argmax(1) == truth["part"]).float().mean().item()}
@@ -160,7 +159,9 @@ def begin_with(text_encoder: UMT5EncoderModel, tokenizer: T5Tokenizer, start: Pa
     shallow = build_text_encoder(len(tokenizer), num_layers=started.config.num_layers)
     vocabulary = T5Tokenizer.from_pretrained(start / "tokenizer").get_vocab()
     take_over_embeddings(shallow, tokenizer.get_vocab(), started.state_dict(), vocabulary)
-    text_encoder.load_state_dict(shallow.state_dict(), strict=False)
+    loaded = text_encoder.load_state_dict(shallow.state_dict(), strict=False)
+    if loaded.unexpected_keys:
+        raise SystemExit(f"--start {start} has weights that there is no place for: {loaded.unexpected_keys[0]}, ...")
     for layer in text_encoder.encoder.block[started.config.num_layers :]:
         nn.init.zeros_(layer.layer[0].SelfAttention.o.weight)
         nn.init.zeros_(layer.layer[1].DenseReluDense.wo.weight)
@@ -171,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for model, tokenizer and log")
     parser.add_argument("--start", type=Path, help="folder of a pipeline whose text encoder to begin with")
-    parser.add_argument("--keep", type=float, default=1.0, help="with --start: weight of how far its states move")
+    parser.add_argument("--keep", type=float, default=0.0, help="with --start: weight of how far its states move")
     parser.add_argument(
         "--probe", action="store_true", help="with --start: the heads alone learn, what its states tell"
     )
@@ -183,14 +184,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.probe and args.start is None:
         parser.error("--probe needs --start, the folder of a pipeline whose text encoder to ask")
+    if args.keep and (args.probe or args.start is None):
+        parser.error(f"--keep {args.keep:g} needs --start, and no --probe: there are no states that it could keep")
 
     torch.manual_seed(args.seed)
     tokenizer = build_text_tokenizer(clauses(), model_max_length=MAX_LENGTH)
     text_encoder = build_text_encoder(len(tokenizer))
     started = None if args.start is None else begin_with(text_encoder, tokenizer, args.start)
     if args.probe:
-        text_encoder, started = started, None
-    heads = nn.ModuleDict({name: nn.Linear(TEXT_CONFIG["d_model"], count) for name, count in QUESTIONS.items()})
+        text_encoder = started
+    heads = nn.ModuleDict({name: nn.Linear(TEXT_CONFIG["d_model"], len(known)) for name, known in QUESTIONS.items()})
     learned = nn.ModuleDict({"text_encoder": text_encoder, "heads": heads})
     optimizer = MuonAdamW(block_matrices(text_encoder), learned.parameters(), lr=args.learning_rate)
     step, spent = 0, 0.0
@@ -204,12 +207,13 @@ def main() -> None:
     while step < args.steps:
         for group in optimizer.param_groups:
             group["lr"] = args.learning_rate * warmup_cosine(step, 100, step / args.steps)
-        batch = make_batch(np.random.default_rng([args.seed, step]), tokenizer, args.batch_size)
+        rng = np.random.default_rng([args.seed, step])
+        batch = make_batch([draw_instruction(rng) for _ in range(args.batch_size)], tokenizer)
         states, logits, truth = ask(text_encoder, heads, batch)
         terms = {"part": F.cross_entropy(logits["part"], truth["part"])}
-        for name in ("operation", "value", "name"):
+        for name in ANSWERS:
             terms[name] = F.binary_cross_entropy_with_logits(logits[name], truth[name], reduction="none").sum(1).mean()
-        if started is not None:
+        if args.keep:
             with torch.no_grad():
                 old = started(batch["input_ids"], batch["attention_mask"]).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
@@ -226,10 +230,7 @@ def main() -> None:
             if step % args.save_every == 0:
                 entry |= evaluate(text_encoder, heads, tokenizer)
                 state = {"step": step, "seconds": time.monotonic() - begun}
-                problem = save_checkpoint(args.output / f"checkpoint-{step}", {}, learned, optimizer, state)
-                if problem is not None:
-                    raise SystemExit(f"checkpoint-{step} cannot be written: {problem}")
-                prune_checkpoints(args.output, 1)
+                keep_latest(args.output, learned, optimizer, state)
             log.write(json.dumps(entry) + "\n")
             log.flush()
 

@@ -16,13 +16,7 @@ from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
 from rvedit_diffusers.synthetic import TRAIN_LEVELS, BenchmarkItems
-from rvedit_diffusers.training.checkpoint import (
-    checkpoints,
-    load_checkpoint,
-    open_log,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from rvedit_diffusers.training.checkpoint import checkpoints, keep_latest, load_checkpoint, open_log
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 from rvedit_diffusers.training.options import default_precision
 
@@ -156,10 +150,7 @@ def main() -> None:
             if step % args.save_every == 0:
                 entry["psnr_unseen_photos"] = psnr(vae, unseen)
                 state = {"step": step, "seconds": time.monotonic() - started}
-                problem = save_checkpoint(args.output / f"checkpoint-{step}", {}, learned, optimizer, state)
-                if problem is not None:
-                    raise SystemExit(f"checkpoint-{step} cannot be written: {problem}")
-                prune_checkpoints(args.output, 1)
+                keep_latest(args.output, learned, optimizer, state)
             log.write(json.dumps(entry) + "\n")
             log.flush()
 

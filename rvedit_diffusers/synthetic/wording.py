@@ -24,6 +24,7 @@ TEMPLATES = {
 RESIZE_VERBS = {"bigger": "enlarge", "smaller": "shrink"}
 LARGER = 1.25  # how many times the radius of the next object the largest one has
 SIDES = (("left of", "right of"), ("above", "below"))
+COMPARISONS = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest", "moving")
 
 
 def with_article(noun: str) -> str:
@@ -105,8 +106,7 @@ def clauses() -> Iterator[str]:
     """Clauses that have all words of the benchmark's instructions, to make tokenizers of: each wording of each
     operation with each of its values."""
     looks = [f"the {colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    compared = "leftmost rightmost topmost bottommost largest smallest moving".split()
-    comparisons = [*(f"the {word} object" for word in compared), *(f"the {colour} object" for colour in COLOURS), "it"]
+    comparisons = [*(f"the {word} object" for word in (*COMPARISONS, *COLOURS)), "it"]
     sides = [side for pair in SIDES for side in pair]
     relations = [f"the {shape} {side} {look}" for look, shape, side in zip(looks, cycle(SHAPES), cycle(sides))]
     phrases = cycle(looks + comparisons + relations)

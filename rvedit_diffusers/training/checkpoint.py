@@ -334,6 +334,22 @@ def prune_checkpoints(output: str | Path, limit: int | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def keep_latest(output: str | Path, learned: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write the checkpoint of `state["step"]` in place of earlier ones, or end the program with the reason why not.
+
+    Args:
+        output (`str` or `Path`): Folder of the checkpoints.
+        learned (`nn.Module`): All that learns.
+        optimizer (`torch.optim.Optimizer`): Its state is saved by index of the parameter.
+        state (`dict`): JSON-serialisable: step, and whatever is needed to go on.
+    """
+    folder = Path(output) / f"checkpoint-{state['step']}"
+    problem = save_checkpoint(folder, {}, learned, optimizer, state)
+    if problem is not None:
+        raise SystemExit(f"{folder} cannot be written: {problem}")
+    prune_checkpoints(output, 1)
+
+
 def differences(before: dict, after: dict) -> list[str]:
     """What differs between two configurations, a line a name."""
     names = sorted(before.keys() | after.keys())
