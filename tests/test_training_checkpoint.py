@@ -198,7 +198,7 @@ def test_the_latest_is_kept_alone_and_stays_if_the_next_cannot_be_written(tmp_pa
     for step in (1, 2):
         keep_latest(tmp_path, heads, optimizer, {"step": step})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    (tmp_path / "checkpoint-3").write_text("in the way")
+    (tmp_path / "checkpoint-3.partial").write_text("in the way")
     with pytest.raises(SystemExit, match="checkpoint-3 cannot be written"):
         keep_latest(tmp_path, heads, optimizer, {"step": 3})
     assert read_state(tmp_path / "checkpoint-2")["step"] == 2
