@@ -100,20 +100,6 @@ def test_each_token_has_the_answers_of_its_clause(script):
     assert batch["value"][1, 5].nonzero().flatten().tolist() == [script["VALUE_WORDS"].index("smaller")]
 
 
-def test_layers_that_are_added_begin_as_the_identity(script, drawn):
-    tokenizer = script["build_text_tokenizer"](script["clauses"](), model_max_length=script["MAX_LENGTH"])
-    deep = script["build_text_encoder"](len(tokenizer), num_layers=6)
-    shallow = script["begin_with"](deep, tokenizer, Path(TINY_CHECKPOINT))
-    assert shallow.config.num_layers < 6
-    batch = script["make_batch"](drawn[:4], tokenizer)
-    states = [model.eval()(batch["input_ids"], batch["attention_mask"]).last_hidden_state for model in (deep, shallow)]
-    torch.testing.assert_close(*states)
-    with pytest.raises(SystemExit, match="no place for: encoder.block.1"):
-        script["begin_with"](
-            script["build_text_encoder"](len(tokenizer), num_layers=1), tokenizer, Path(TINY_CHECKPOINT)
-        )
-
-
 def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     def train(folder, steps):
         options = ["--steps", steps, "--batch_size", 8, "--save_every", 20]
@@ -148,7 +134,7 @@ def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
 
 def test_a_probe_teaches_the_heads_alone_and_writes_no_model(tmp_path, monkeypatch):
-    options = ["--start", TINY_CHECKPOINT, "--probe", "--steps", 20, "--batch_size", 2, "--save_every", 20]
+    options = ["--probe", TINY_CHECKPOINT, "--steps", 20, "--batch_size", 2, "--save_every", 20]
     monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(tmp_path), *map(str, options)])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert not (tmp_path / "text_encoder").exists()
@@ -162,28 +148,10 @@ def test_a_probe_teaches_the_heads_alone_and_writes_no_model(tmp_path, monkeypat
         torch.testing.assert_close(weight, weights[name], rtol=0, atol=0)
 
 
-def test_states_that_are_kept_move_less(tmp_path, monkeypatch):
-    def moved(keep):
-        options = ["--start", TINY_CHECKPOINT, "--keep", keep, "--steps", 20, "--batch_size", 4, "--save_every", 20]
-        folder = tmp_path / str(keep)
-        monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(folder), *map(str, options)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return log[0]["moved"] / keep
-
-    assert moved(1000) < 0.5 * moved(1)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (["--probe"], "--probe needs --start"),
-        (["--keep", "2"], "--keep 2 needs --start"),
-        (["--start", TINY_CHECKPOINT, "--probe", "--keep", "2"], "--keep 2 needs --start, and no --probe"),
-    ],
-)
-def test_options_without_effect_are_refused(tmp_path, monkeypatch, capsys, options, message):
-    monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(tmp_path / "run"), *map(str, options)])
+def test_a_probe_of_no_pipeline_is_refused(tmp_path, monkeypatch, capsys):
+    options = ["--probe", str(tmp_path), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train_text.py", *options])
     with pytest.raises(SystemExit):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert message in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert f"--probe {tmp_path} has to be the folder of a pipeline" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

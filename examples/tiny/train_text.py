@@ -5,7 +5,7 @@ which words belong together. The questions, asked of each word: what is its part
 said about the same object, which operations, with which values, on what object. The heads that answer are thrown away.
 
     python examples/tiny/train_text.py --output runs/text
-    python examples/tiny/train_text.py --start PIPELINE --probe --output runs/probe
+    python examples/tiny/train_text.py --probe PIPELINE --steps 600 --output runs/probe
 """
 
 import argparse
@@ -27,7 +27,7 @@ from rvedit_diffusers.synthetic.levels import CATEGORY_WEIGHTS, NUM_WORDINGS, TR
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, VALUES, Operation
 from rvedit_diffusers.synthetic.stage import HELD_OUT_LOOKS
 from rvedit_diffusers.synthetic.wording import COMPARISONS, SIDES, clause, clauses, sentence
-from rvedit_diffusers.tiny import build_text_tokenizer, take_over_embeddings
+from rvedit_diffusers.tiny import build_text_tokenizer
 from rvedit_diffusers.training.checkpoint import checkpoints, keep_latest, load_checkpoint, open_log
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
 
@@ -136,45 +136,24 @@ def make_batch(drawn: Sequence[Instruction], tokenizer: T5Tokenizer) -> dict[str
 def ask(text_encoder: UMT5EncoderModel, heads: nn.ModuleDict, batch: dict[str, torch.Tensor]):
     states = text_encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     said = batch["part"] >= 0
-    return states, {name: head(states[said]) for name, head in heads.items()}, {n: batch[n][said] for n in heads}
+    return {name: head(states[said]) for name, head in heads.items()}, {n: batch[n][said] for n in heads}
 
 
 @torch.no_grad()
 def evaluate(text_encoder: UMT5EncoderModel, heads: nn.ModuleDict, tokenizer: T5Tokenizer) -> dict[str, float]:
     """Shares of the tokens whose answers are right in all classes, of 512 instructions of a seed of their own."""
     rng = np.random.default_rng(1_000_000)
-    _, logits, truth = ask(text_encoder, heads, make_batch([draw_instruction(rng) for _ in range(512)], tokenizer))
+    logits, truth = ask(text_encoder, heads, make_batch([draw_instruction(rng) for _ in range(512)], tokenizer))
     right = {name: (logits[name] > 0) == truth[name].bool() for name in logits if name != "part"}
     scores = {f"{name}_right": hits.all(1).float().mean().item() for name, hits in right.items()}
     return scores | {"part_right": (logits["part"].argmax(1) == truth["part"]).float().mean().item()}
 
 
-def build_text_encoder(vocab_size: int, **changes) -> UMT5EncoderModel:
-    return UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **(TEXT_CONFIG | changes)))
-
-
-def begin_with(text_encoder: UMT5EncoderModel, tokenizer: T5Tokenizer, start: Path) -> UMT5EncoderModel:
-    """Give `text_encoder` the weights of a pipeline's, which is returned; layers that it lacks begin as identities."""
-    started = UMT5EncoderModel.from_pretrained(start / "text_encoder", dtype=torch.float32)
-    shallow = build_text_encoder(len(tokenizer), num_layers=started.config.num_layers)
-    vocabulary = T5Tokenizer.from_pretrained(start / "tokenizer").get_vocab()
-    take_over_embeddings(shallow, tokenizer.get_vocab(), started.state_dict(), vocabulary)
-    loaded = text_encoder.load_state_dict(shallow.state_dict(), strict=False)
-    if loaded.unexpected_keys:
-        raise SystemExit(f"--start {start} has weights that there is no place for: {loaded.unexpected_keys[0]}, ...")
-    for layer in text_encoder.encoder.block[started.config.num_layers :]:
-        nn.init.zeros_(layer.layer[0].SelfAttention.o.weight)
-        nn.init.zeros_(layer.layer[1].DenseReluDense.wo.weight)
-    return shallow.eval().requires_grad_(False)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for model, tokenizer and log")
-    parser.add_argument("--start", type=Path, help="folder of a pipeline whose text encoder to begin with")
-    parser.add_argument("--keep", type=float, default=0.0, help="with --start: weight of how far its states move")
     parser.add_argument(
-        "--probe", action="store_true", help="with --start: the heads alone learn, what its states tell"
+        "--probe", type=Path, help="folder of a pipeline: the heads alone learn, from the states of its text encoder"
     )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -182,18 +161,20 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save_every", type=int, default=500)
     args = parser.parse_args()
-    if args.probe and args.start is None:
-        parser.error("--probe needs --start, the folder of a pipeline whose text encoder to ask")
-    if args.keep and (args.probe or args.start is None):
-        parser.error(f"--keep {args.keep:g} needs --start, and no --probe: there are no states that it could keep")
+    if args.probe and not (args.probe / "text_encoder").is_dir():
+        parser.error(f"--probe {args.probe} has to be the folder of a pipeline, but it has no text_encoder")
 
     torch.manual_seed(args.seed)
-    tokenizer = build_text_tokenizer(clauses(), model_max_length=MAX_LENGTH)
-    text_encoder = build_text_encoder(len(tokenizer))
-    started = None if args.start is None else begin_with(text_encoder, tokenizer, args.start)
     if args.probe:
-        text_encoder = started
-    heads = nn.ModuleDict({name: nn.Linear(TEXT_CONFIG["d_model"], len(known)) for name, known in QUESTIONS.items()})
+        tokenizer = T5Tokenizer.from_pretrained(args.probe / "tokenizer")
+        text_encoder = UMT5EncoderModel.from_pretrained(args.probe / "text_encoder", dtype=torch.float32)
+        text_encoder.eval().requires_grad_(False)
+    else:
+        tokenizer = build_text_tokenizer(clauses(), model_max_length=MAX_LENGTH)
+        text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **TEXT_CONFIG))
+    heads = nn.ModuleDict(
+        {name: nn.Linear(text_encoder.config.d_model, len(known)) for name, known in QUESTIONS.items()}
+    )
     learned = nn.ModuleDict({"text_encoder": text_encoder, "heads": heads})
     optimizer = MuonAdamW(block_matrices(text_encoder), learned.parameters(), lr=args.learning_rate)
     step, spent = 0, 0.0
@@ -209,15 +190,10 @@ def main() -> None:
             group["lr"] = args.learning_rate * warmup_cosine(step, 100, step / args.steps)
         rng = np.random.default_rng([args.seed, step])
         batch = make_batch([draw_instruction(rng) for _ in range(args.batch_size)], tokenizer)
-        states, logits, truth = ask(text_encoder, heads, batch)
+        logits, truth = ask(text_encoder, heads, batch)
         terms = {"part": F.cross_entropy(logits["part"], truth["part"])}
         for name in ANSWERS:
             terms[name] = F.binary_cross_entropy_with_logits(logits[name], truth[name], reduction="none").sum(1).mean()
-        if args.keep:
-            with torch.no_grad():
-                old = started(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-            mask = batch["attention_mask"].unsqueeze(-1)
-            terms["moved"] = args.keep * ((states - old) * mask).square().sum() / (old * mask).square().sum()
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(learned.parameters(), 1.0)
         optimizer.step()
