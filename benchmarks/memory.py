@@ -9,6 +9,7 @@ use inside, fragments between allocations and CUDA's own part come on top.
 """
 
 import argparse
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -227,6 +228,7 @@ def measure(preset: Preset, device: torch.device, num_inference_steps: int) -> d
             torch.cuda.synchronize(device)
         found[name] = {"stages": peaks, "peak": max(peaks.values()), "seconds": start.elapsed_time(end) / 1000}
         del pipe
+        gc.collect()  # hooks refer to the modules that refer to them
         torch.cuda.empty_cache()
     return found
 
