@@ -745,6 +745,11 @@ def runs_of_two(tmp_path_factory, model):
         again = [*parts, "--resume_from_checkpoint=latest", "--allow_config_change"]
         launches["ddp"] += [ddp, [*parts, "--max_train_steps=3"], again]
         launches["fsdp2"].append(fsdp2)
+    # each process orthogonalises a share of the matrices
+    muon = (*TWO_PROCESSES, *FULL, "--optimizer=muon", "--max_train_steps=3")
+    run(model, cache, folder / "muon" / "single", *muon)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    launches["ddp"].append(arguments(model, cache, folder / "muon" / "ddp", *muon, "--train_batch_size=2"))
     # with an MLLM in every step, at the precision that GPUs have
     live = (*TWO_PROCESSES, *CONNECT, "--mixed_precision=bf16", "--max_train_steps=2")
     run(model, cache, folder / "live" / "single", *live)
@@ -775,6 +780,18 @@ def test_losses_of_two_processes_are_those_of_one_process(runs_of_two, kind, wra
         names = {"flow", "align", "connect", "gradient_norm", "validation_flow", "validation_flow_base"}
         for name in names & first.keys():
             assert first[name] == pytest.approx(second[name], rel=1e-3), (first["step"], name)
+
+
+def test_muon_of_two_processes_is_that_of_one(runs_of_two, model):
+    begun, single, double = (
+        tensors(folder / "transformer")
+        for folder in (model, *(runs_of_two / "muon" / name / "checkpoint-3" for name in ("single", "ddp")))
+    )
+    matrices = [name for name in begun if ".attn1.to_" in name and name.endswith("weight")]
+    assert len(matrices) > 4
+    for name in matrices:
+        moved = (single[name] - begun[name]).abs().mean()
+        assert moved > 1e-3 and (double[name] - single[name]).abs().mean() < 0.02 * moved, name
 
 
 def test_noise_levels_and_positions_are_not_rounded_by_the_wrapper(runs_of_two):

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .options import computes_in_bfloat16
@@ -51,11 +52,26 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if is_tall else x
 
 
+def orthogonalized_in_shares(matrices: torch.Tensor) -> torch.Tensor:
+    """[`orthogonalized`], of which each process of a distributed training computes a share; all have to call it."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return orthogonalized(matrices)
+    size, rank = math.ceil(len(matrices) / dist.get_world_size()), dist.get_rank()
+    own = matrices[rank * size : (rank + 1) * size]
+    share = torch.zeros(size, *matrices.shape[1:], device=matrices.device)  # float32: all backends know it
+    if len(own):
+        share[: len(own)] = orthogonalized(own)
+    shares = share.new_empty(dist.get_world_size() * size, *matrices.shape[1:])
+    dist.all_gather_into_tensor(shares, share)
+    return shares[: len(matrices)]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for matrices, and for kernels of convolutions as matrices of a row for each output channel.
 
     `torch.optim.Muon` takes matrices alone, one by one, and in bfloat16; here those of one shape are orthogonalised
-    together, and in float32 on CPUs that do not compute in bfloat16.
+    together, and in float32 on CPUs that do not compute in bfloat16. Processes of a distributed training, which have
+    the same parameters and gradients, share the work out.
 
     Args:
         params (`Iterable[nn.Parameter]`): Of two dimensions or more.
@@ -91,7 +107,7 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack([update.flatten(1) for update in updates])
                 dtype = torch.bfloat16 if computes_in_bfloat16(updates.device) else torch.float32
                 rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-                for parameter, update in zip(parameters, orthogonalized(updates.to(dtype)), strict=True):
+                for parameter, update in zip(parameters, orthogonalized_in_shares(updates.to(dtype)), strict=True):
                     parameter.add_(update.view(parameter.shape), alpha=-rate)
 
 
