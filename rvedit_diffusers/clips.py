@@ -41,7 +41,7 @@ def transfer_edit(
     source: torch.Tensor,
     radius: int = 4,
     eps: float = 1e-3,
-    tolerance: float = 0.1,
+    tolerance: float = 0.12,
 ) -> torch.Tensor:
     """
     Apply an edit that was made on a small or blurred copy of a clip to the clip itself, whose detail it keeps.
@@ -63,7 +63,7 @@ def transfer_edit(
         source (`torch.Tensor` of shape `(frames, 3, source_height, source_width)`): The clip, float32 in [-1, 1].
         radius (`int`, defaults to 4): Of the windows, in pixels of the copy.
         eps (`float`, defaults to 1e-3): A window whose colours have less than this variance counts as flat.
-        tolerance (`float`, defaults to 0.1): Root mean square of a pixel's change, and of the colours around it that
+        tolerance (`float`, defaults to 0.12): Root mean square of a pixel's change, and of the colours around it that
             are not explained: where the lesser of both is this much, the result is half `edited`.
 
     Returns:
