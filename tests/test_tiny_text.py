@@ -102,7 +102,7 @@ def test_each_token_has_the_answers_of_its_clause(script):
 
 def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     def train(folder, steps):
-        options = ["--steps", steps, "--batch_size", 8, "--save_every", 20]
+        options = ["--steps", steps, "--batch_size", 8, "--save_every", 30]
         monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(folder), *map(str, options)])
         runpy.run_path(str(SCRIPT), run_name="__main__")
         return load_file(folder / "text_encoder" / "model.safetensors")
@@ -126,6 +126,7 @@ def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_checkpoint", stopping)
     with pytest.raises(Stop):
         train(tmp_path / "stopped", 40)
+    assert (tmp_path / "stopped" / "checkpoint-30").is_dir()
     monkeypatch.setattr(checkpoint, "save_checkpoint", plain)
     resumed = train(tmp_path / "stopped", 40)
     assert len(saved) == 1

@@ -331,7 +331,7 @@ def main() -> None:
         optimizer.zero_grad()
         step += 1
         bar.update()
-        if step % 20 == 0:
+        if step % 20 == 0 or step % args.save_every == 0:
             entry = {"step": step, "lr": rate} | {name: term.item() for name, term in terms.items()}
             bar.set_postfix(mask=f"{entry['mask']:.3f}", operation=f"{entry['operation']:.3f}")
             if step % args.save_every == 0:

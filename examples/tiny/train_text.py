@@ -200,7 +200,7 @@ def main() -> None:
         optimizer.zero_grad()
         step += 1
         bar.update()
-        if step % 20 == 0:
+        if step % 20 == 0 or step % args.save_every == 0:
             entry = {"step": step} | {name: term.item() for name, term in terms.items()}
             bar.set_postfix({name: f"{entry[name]:.3f}" for name in terms})
             if step % args.save_every == 0:

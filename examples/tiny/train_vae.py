@@ -138,7 +138,7 @@ def main() -> None:
         optimizer.zero_grad()
         step += 1
         bar.update()
-        if step % 20 == 0:
+        if step % 20 == 0 or step % args.save_every == 0:
             entry = {
                 "step": step,
                 "l1": l1.item(),
