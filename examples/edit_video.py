@@ -24,7 +24,6 @@ import torch
 import transformers
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
-from rvedit_diffusers.clips import resize_frames
 from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, write_video
 
@@ -117,7 +116,7 @@ def build_parser() -> Parser:
         choices=("auto", "none", "model", "group"),
         default="auto",
         help="what rests in host memory: model, the parts that are not running; group, all but the layers that are;"
-        " auto, the former on GPUs that the weights would fill by more than 70 %%",
+        " auto, model on GPUs that the weights would fill by more than 70 %%, group where the largest part would",
     )
     return parser
 
@@ -183,9 +182,9 @@ def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
     offload = args.offload
     if offload == "auto":
         models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-        size = sum(parameter.nbytes for model in models for parameter in model.parameters())
-        is_full = device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info(device)[0]
-        offload = "model" if is_full else "none"
+        sizes = [sum(parameter.nbytes for parameter in model.parameters()) for model in models]
+        limit = 0.7 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        offload = "group" if max(sizes) > limit else "model" if sum(sizes) > limit else "none"
     if offload == "model":
         pipe.enable_model_cpu_offload(device=device)
     elif offload == "group":
@@ -207,16 +206,17 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
             guidance_scale=args.guidance_scale,
             source_guidance_scale=args.source_guidance_scale,
             generator=torch.Generator("cpu").manual_seed(args.seed),
-            output_type="pt",
             fps=fps,
+            keep_size=True,
             keep_detail=args.keep_detail,
         )
-        result = resize_frames(output.frames[0].float(), frames.shape[1:3]).clamp(0, 1)
-        return result.permute(0, 2, 3, 1).cpu().numpy()  # (frames, height, width, 3)
+        return output.frames[0]  # (frames, height, width, 3)
     except ValueError as error:  # a size that the model cannot take, say; raised before any model runs
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:  # torch's errors of memory are RuntimeErrors
-        parser.error(f"the edit failed: {first_line(error)}")
+        is_full = isinstance(error, torch.OutOfMemoryError)
+        hint = "; --offload group, fewer --num_frames or a smaller --height take less memory" if is_full else ""
+        parser.error(f"the edit failed: {first_line(error)}{hint}")
 
 
 @contextmanager

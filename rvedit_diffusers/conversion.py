@@ -538,7 +538,7 @@ def _initialise(model: RVEDiTTransformer3DModel, name: str, seed: int) -> torch.
     path, _, attribute = name.rpartition(".")
     layer = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {path}".encode()).digest()[:7]))
+        torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {path}".encode()).digest()[:7], "big"))
         layer.reset_parameters()
         if path.split(".")[-1] in ("source_embedding", "add_v_proj"):
             for parameter in layer.parameters():

@@ -189,6 +189,7 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
             return_dict=True,
         )
         hidden_states = outputs.last_hidden_state if last_layer else outputs.hidden_states[self.config.hidden_layer]
+        hidden_states = hidden_states.to(edit_mask.device)  # a split MLLM ends on another device than it begins on
         for group_hook, module in group_hooks:
             group_hook.post_forward(module, None)
 

@@ -8,13 +8,20 @@ from pathlib import Path
 
 def forget_names(folder: str | os.PathLike) -> None:
     """
-    Take `_name_or_path` out of the JSON files of a folder: where weights were loaded from is nobody's business.
+    Take `_name_or_path` out of the configurations in a folder: where weights were loaded from is nobody's business.
 
     Args:
-        folder (`str` or `os.PathLike`): Of a pipeline or a model, and what is below. Files behind links stay as they
-            are.
+        folder (`str` or `os.PathLike`): Of a pipeline, whose components `model_index.json` names, or of a model. Other
+            folders in it, and files behind links, stay as they are.
     """
-    for path in Path(folder).rglob("*.json"):
+    folder = Path(folder)
+    index = folder / "model_index.json"
+    if index.is_file():
+        components = json.loads(index.read_text(encoding="utf-8"))
+        paths = [index, *(path for name in components for path in (folder / name).glob("*.json"))]
+    else:
+        paths = folder.glob("*.json")
+    for path in paths:
         if path.is_symlink() or path.stat().st_size > 2**20:  # no configuration is so large
             continue
         values = json.loads(path.read_text(encoding="utf-8"))

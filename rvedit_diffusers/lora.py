@@ -2,7 +2,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from diffusers.loaders import CogVideoXLoraLoaderMixin
+from diffusers.loaders import CogVideoXLoraLoaderMixin, WanLoraLoaderMixin
 from diffusers.utils.torch_utils import unwrap_module
 from peft.utils import get_peft_model_state_dict
 
@@ -14,10 +14,43 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     Everything but saving is diffusers' own mixin for pipelines whose one adapted component is `transformer`. Files
     hold safetensors with keys `transformer.<module>.lora_A.weight` and `transformer.<module>.lora_B.weight`. Layers
-    that carry Wan's names, such as `blocks.0.attn1.to_q`, fit because the transformer keeps those names.
+    that carry Wan's names, such as `blocks.0.attn1.to_q`, fit because the transformer keeps those names, and so do
+    files with the keys of Wan's own code or of musubi-tuner, which are converted.
     """
 
     _lora_loadable_modules = ["transformer"]
+
+    @classmethod
+    def lora_state_dict(
+        cls, pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor], **kwargs
+    ) -> dict[str, torch.Tensor] | tuple[dict[str, torch.Tensor], dict | None]:
+        r"""
+        Read LoRA layers as diffusers reads Wan's, which converts those with the keys of Wan's own code
+        (`diffusion_model.blocks.0.self_attn.q...`) or of musubi-tuner (`lora_unet_blocks_0_...`).
+
+        Args:
+            pretrained_model_name_or_path_or_dict (`str`, `os.PathLike` or `dict`), kwargs:
+                As in [`~diffusers.loaders.WanLoraLoaderMixin.lora_state_dict`], but pickles are read with
+                `use_safetensors=False` alone.
+
+        Returns:
+            `dict[str, torch.Tensor]`: the layers; with `return_lora_metadata=True` a tuple of them and their metadata.
+
+        Raises:
+            `ValueError`: if no key begins with `transformer.`: such layers would be left out without a word.
+        """
+        if kwargs.get("use_safetensors") is None:
+            kwargs["use_safetensors"] = True
+        result = WanLoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
+        state_dict = result[0] if kwargs.get("return_lora_metadata") else result
+        if not any(key.startswith(f"{cls.transformer_name}.") for key in state_dict):
+            is_given = isinstance(pretrained_model_name_or_path_or_dict, dict)
+            given = "the given dict" if is_given else repr(str(pretrained_model_name_or_path_or_dict))
+            raise ValueError(
+                "`pretrained_model_name_or_path_or_dict` has to hold layers of the transformer, with keys such as"
+                f" 'transformer.blocks.0.attn1.to_q.lora_A.weight', but those of {given} are {sorted(state_dict)[:3]}."
+            )
+        return result
 
     @classmethod
     def save_lora_weights(

@@ -261,7 +261,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         exclude_modules: str | list[str] | None = None,
     ) -> None:
         r"""
-        As [`DiffusionPipeline.enable_group_offload`], but on disk each component gets a folder of its own.
+        As [`DiffusionPipeline.enable_group_offload`], but on disk each component gets a folder of its own, and the
+        text encoder and the MLLM are offloaded by leaves in either case: diffusers finds the blocks of its own models
+        alone, and others would be on the device as a whole.
 
         Args:
             offload_to_disk_path (`str`, *optional*):
@@ -283,16 +285,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         settings = {
             "onload_device": onload_device,
             "offload_device": offload_device,
-            "offload_type": offload_type,
             "num_blocks_per_group": num_blocks_per_group,
             "non_blocking": non_blocking,
             "use_stream": use_stream,
             "record_stream": record_stream,
             "low_cpu_mem_usage": low_cpu_mem_usage,
         }
-        if offload_to_disk_path is None:
-            return super().enable_group_offload(**settings, exclude_modules=exclude_modules)
-
         excluded = {exclude_modules} if isinstance(exclude_modules, str) else set(exclude_modules or ())
         for name, component in self.components.items():
             if not isinstance(component, torch.nn.Module):
@@ -300,16 +298,18 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             if name in excluded:
                 component.to(onload_device)
                 continue
-            # A file is named by its layers alone, and one that exists is taken as written (hooks/group_offloading.py,
-            # lines 154 and 304): components cannot share a folder. Nor can UMT5's two embeddings stay two modules:
-            # their one weight would be written a second time once it is gone (line 313).
-            if hasattr(component, "set_input_embeddings"):
-                component.set_input_embeddings(component.get_input_embeddings())
-            settings["offload_to_disk_path"] = os.path.join(offload_to_disk_path, name)
+            if offload_to_disk_path is not None:
+                # A file is named by its layers alone, and one that exists is taken as written
+                # (hooks/group_offloading.py, lines 154 and 304): components cannot share a folder. Nor can UMT5's two
+                # embeddings stay two modules: their one weight would be written again once it is gone (line 313).
+                if hasattr(component, "set_input_embeddings"):
+                    component.set_input_embeddings(component.get_input_embeddings())
+                settings["offload_to_disk_path"] = os.path.join(offload_to_disk_path, name)
             if hasattr(component, "enable_group_offload"):
-                component.enable_group_offload(**settings)
+                component.enable_group_offload(**settings, offload_type=offload_type)
             else:
-                apply_group_offloading(component, **settings)
+                # blocks are looked for among a model's children (line 739), where transformers has none
+                apply_group_offloading(component, **settings, offload_type="leaf_level")
 
     @property
     def token_streams(self) -> set[str]:
@@ -563,6 +563,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         callback_on_step_end_tensor_inputs,
         attention_kwargs,
         max_sequence_length,
+        keep_size=False,
         keep_detail=None,
         reuse_context=True,
         sigmas=None,
@@ -636,8 +637,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if attention_kwargs and set(attention_kwargs) != {"scale"}:
             raise ValueError(f"`attention_kwargs` knows only the key 'scale', got {sorted(attention_kwargs)}.")
 
-        if reuse_context not in (True, False):
-            raise ValueError(f"`reuse_context` has to be True or False, got {reuse_context!r}.")
+        for name, value in (("keep_size", keep_size), ("reuse_context", reuse_context)):
+            if value not in (True, False):
+                raise ValueError(f"`{name}` has to be True or False, got {value!r}.")
         if keep_detail not in (None, True, False):
             raise ValueError(f"`keep_detail` has to be True, False or None, got {keep_detail!r}.")
         if keep_detail and not self.transformer.config.source_channels:
@@ -865,28 +867,39 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             row[:, num_frames:] = row[:, num_frames - 1 : num_frames]
         return video
 
-    def _resize_video(self, video: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        # (batch, 3, frames, height, width) of any floating dtype in [-1, 1] to float32 of another height and width
-        resized = video.new_empty((*video.shape[:3], *size), dtype=torch.float32)
-        for row, clip in zip(resized, video):
-            for start in range(0, clip.shape[1], FRAMES_AT_ONCE):
-                frames = clip[:, start : start + FRAMES_AT_ONCE].transpose(0, 1).float()
-                row[:, start : start + len(frames)] = resize_frames(frames, size).transpose(0, 1)
-        return resized
-
-    def _transfer_edits(
-        self, video: torch.Tensor, rebuilt: torch.Tensor, clips: list[torch.Tensor], size: tuple[int, int]
-    ) -> torch.Tensor:
-        # The edits in `video`, of copies that are `rebuilt` without them, on the clips: float32 of height and width
-        result = video.new_empty((*video.shape[:3], *size), dtype=torch.float32)
+    def _finish(
+        self,
+        video: torch.Tensor,
+        size: tuple[int, int],
+        output_type: str,
+        rebuilt: torch.Tensor | None = None,
+        clips: list[torch.Tensor] | None = None,
+    ) -> np.ndarray | torch.Tensor | list:
+        # Decoded clips (batch, 3, frames, height, width) in [-1, 1] as frames of a size; given copies that are rebuilt
+        # without the edits, these are made on `clips`. A long clip of its own size outweighs the models: it is held as
+        # floats once, and on the device for "pt" alone.
+        num_clips, _, num_frames = video.shape[:3]
+        if output_type == "pt":
+            result = video.new_empty((num_clips, num_frames, 3, *size), dtype=torch.float32)
+        else:
+            result = torch.empty((num_clips, num_frames, *size, 3), dtype=torch.float32)
+        at_once = FRAMES_AT_ONCE if rebuilt is None else TRANSFERRED_AT_ONCE
         for index, (row, edited) in enumerate(zip(result, video)):
-            number = index * len(clips) // len(video)
-            for start in range(0, edited.shape[1], TRANSFERRED_AT_ONCE):
-                rows = slice(start, start + TRANSFERRED_AT_ONCE)
-                source = resize_frames(_frames(clips[number][rows], video.device), size)
-                pair = (copy[:, rows].transpose(0, 1).float() for copy in (edited, rebuilt[number]))
-                row[:, rows] = transfer_edit(*pair, source).transpose(0, 1)
-        return result
+            for start in range(0, num_frames, at_once):
+                rows = slice(start, start + at_once)
+                frames = edited[:, rows].transpose(0, 1).float()
+                if rebuilt is None:
+                    frames = resize_frames(frames, size)
+                else:
+                    number = index * len(clips) // num_clips
+                    source = resize_frames(_frames(clips[number][rows], video.device), size)
+                    frames = transfer_edit(frames, rebuilt[number][:, rows].transpose(0, 1).float(), source)
+                frames = (frames * 0.5 + 0.5).clamp_(0.0, 1.0)
+                row[rows] = frames if output_type == "pt" else frames.permute(0, 2, 3, 1)
+        if output_type == "pt":
+            return result
+        result = result.numpy()
+        return result if output_type == "np" else [self.video_processor.numpy_to_pil(clip) for clip in result]
 
     def _decode(self, latents: torch.Tensor, num_frames: int) -> torch.Tensor:
         # Normalised latents to (batch, 3, num_frames, height, width)
@@ -966,6 +979,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         attention_kwargs: dict[str, Any] | None = None,
         max_sequence_length: int = 512,
         fps: float | list[float] | None = None,
+        keep_size: bool = False,
         keep_detail: bool | None = None,
         reuse_context: bool = True,
     ) -> RVEDiTPipelineOutput | tuple:
@@ -991,11 +1005,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 What to be guided away from. The text encoder reads it, and so does the MLLM unless it is blank or the
                 MLLM does not run. `None` is the empty text. Not used without guidance.
             height (`int`, *optional*), width (`int`, *optional*):
-                Size of the result in pixels, at which the clip is also edited: multiples of the VAE's spatial factor
-                times the transformer's patch. Given one, the other follows the clip's aspect ratio, rounded. Given
-                none, the clip is edited at its own size, or scaled down to about `config.default_max_area` pixels if
-                the checkpoint sets that, rounded to the nearest such multiples, and comes back at exactly its own
-                size.
+                Size in pixels at which the clip is edited, and without `keep_size` that of the result: multiples of
+                the VAE's spatial factor times the transformer's patch. Given one, the other follows the clip's aspect
+                ratio, rounded. Given none, the clip is edited at its own size, or scaled down to about
+                `config.default_max_area` pixels if the checkpoint sets that, rounded to the nearest such multiples,
+                and comes back at exactly its own size.
             num_frames (`int`, *optional*):
                 Edit this many frames, from the first; all by default. The result has as many.
             num_inference_steps (`int`, *optional*):
@@ -1058,6 +1072,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             fps (`float` or `list[float]`, *optional*):
                 Frames per second of the clips, from which the MLLM gets its time stamps. By default that of the file
                 or [`Video`], and for images, arrays and tensors the processor's `default_fps`.
+            keep_size (`bool`, defaults to `False`):
+                Whether the result has the clip's own size even if `height` or `width` is given, and the clip edited at
+                another.
             keep_detail (`bool`, *optional*):
                 Whether the result is the clip itself with the change that the edit makes to its autoencoded copy, see
                 [`~rvedit_diffusers.clips.transfer_edit`]: what the edit leaves alone keeps the detail that scaling and
@@ -1119,6 +1136,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             callback_on_step_end_tensor_inputs,
             attention_kwargs,
             max_sequence_length,
+            keep_size,
             keep_detail,
             reuse_context,
             sigmas,
@@ -1196,6 +1214,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if has_null and visual_embeds is not None and negative_visual_embeds is None:
             negative_visual_embeds = torch.zeros_like(visual_embeds)
 
+        for hook in getattr(self, "_all_hooks", ()):  # model offload: a model that runs moves but the one before it
+            if hook.model is self.text_encoder or hook.model is self.mllm:
+                hook.offload()
+
         # 6. Give every sample its rows
         embeds = (prompt_embeds, negative_prompt_embeds, edit_embeds, negative_edit_embeds)
         embeds += (visual_embeds, negative_visual_embeds)
@@ -1217,9 +1239,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         # 7. Prepare latents
         source_video = None
         edit_size = self._legal_size(source_height, source_width, height, width)
-        size = (source_height, source_width) if height is None and width is None else edit_size
+        is_own_size = height is None and width is None
+        size = (source_height, source_width) if is_own_size or keep_size else edit_size
         if keep_detail is None and self.transformer.config.source_channels:
-            keep_detail = size != edit_size and math.prod(size) > (self.config.default_max_area or math.inf)
+            max_area = (self.config.default_max_area or math.inf) if is_own_size else math.prod(edit_size)
+            keep_detail = size != edit_size and math.prod(size) > max_area
         if self.transformer.config.source_channels:
             source_video = self._prepare_video(clips, edit_size, device)
         latents, source_latents = self.prepare_latents(
@@ -1321,17 +1345,14 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 progress_bar.update()
 
         self._current_timestep = None
+        contexts.clear()  # gigabytes for a large model, and not needed to decode
 
         # 9. Decode, cut the repeated frames and go back to the clip's own size
         if output_type == "latent":
             video = latents
         else:
-            video = self._decode(latents, num_frames)
-            if copy_latents is None:
-                video = self._resize_video(video, size)
-            else:
-                video = self._transfer_edits(video, self._decode(copy_latents, num_frames), clips, size)
-            video = self.video_processor.postprocess_video(video, output_type=output_type)
+            rebuilt = None if copy_latents is None else self._decode(copy_latents, num_frames)
+            video = self._finish(self._decode(latents, num_frames), size, output_type, rebuilt, clips)
 
         # Offload all models
         self.maybe_free_model_hooks()

@@ -21,6 +21,7 @@ from diffusers.models.transformers.transformer_wan import (
 )
 from diffusers.utils import BaseOutput, apply_lora_scale
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -394,13 +395,13 @@ def _is_group_offloaded(model: nn.Module) -> bool:
     return any(registry is not None and registry.get_hook("group_offloading") is not None for registry in hooks)
 
 
-def _near(weight: torch.Tensor, streams: tuple) -> tuple:
-    # Tensors of nested tuples on the device of a weight, which is "meta" while accelerate has it offloaded
-    if weight.device.type == "meta":
-        return streams
+def _near(device: torch.device, tensors: tuple) -> tuple:
+    # Tensors of nested tuples on a device, which is that of a weight: "meta" while accelerate has it offloaded
+    if device.type == "meta":
+        return tensors
     return tuple(
-        _near(weight, each) if isinstance(each, tuple) else None if each is None else each.to(weight.device)
-        for each in streams
+        _near(device, each) if isinstance(each, tuple) else None if each is None else each.to(device)
+        for each in tensors
     )
 
 
@@ -616,6 +617,14 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         )
         if _is_group_offloaded(self) or isinstance(self.patch_embedding.weight, DTensor):
             return None
+        # hooks move what `forward` gets to the weights' device, and nothing here
+        device = get_module_execution_device(self)
+        hidden_states, encoder_hidden_states, encoder_attention_mask = _near(
+            device, (hidden_states, encoder_hidden_states, encoder_attention_mask)
+        )
+        edit_hidden_states, visual_hidden_states, visual_positions, source_hidden_states = _near(
+            device, (edit_hidden_states, visual_hidden_states, visual_positions, source_hidden_states)
+        )
         rotary_emb, visual_rotary_emb = self._rotate(hidden_states, visual_hidden_states, visual_positions)
         source_patches = None if source_hidden_states is None else self.source_embedding(source_hidden_states)
         if encoder_hidden_states is not None:
@@ -624,7 +633,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             edit_hidden_states = edit_hidden_states + self.edit_bias.to(edit_hidden_states)
         streams = (encoder_hidden_states, edit_hidden_states, visual_hidden_states, visual_rotary_emb)
         streams += (encoder_attention_mask,)
-        blocks = tuple(block.project_context(*_near(block.attn2.to_q.weight, streams)) for block in self.blocks)
+        blocks = tuple(block.project_context(*_near(block.attn2.to_q.weight.device, streams)) for block in self.blocks)
         return RVEDiTContext(rotary_emb, blocks, source_patches)
 
     @apply_lora_scale("attention_kwargs")
@@ -727,16 +736,20 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             patches = patches + self.source_embedding(source_hidden_states)
         hidden_states = patches.flatten(2).transpose(1, 2).contiguous()  # (batch, seq, dim)
 
-        # 3. Timestep and text. The embedder takes both: without text it gets a text of no tokens.
+        # 3. Timestep and text. The embedder takes both: without text it gets one token, as some kernels take no empty
+        # tensors, which is dropped.
         if context is not None:
             encoder_hidden_states = edit_hidden_states = visual_hidden_states = encoder_attention_mask = None
-        if encoder_hidden_states is None:
-            encoder_hidden_states = hidden_states.new_zeros(batch_size, 0, self.config.text_dim)
+        has_text = encoder_hidden_states is not None
+        if not has_text:
+            encoder_hidden_states = hidden_states.new_zeros(batch_size, 1, self.config.text_dim)
         if timestep.ndim == 1:
             timestep = timestep.unsqueeze(1)  # (batch, 1 or seq)
         temb, timestep_proj, encoder_hidden_states, _ = self.condition_embedder(
             timestep.flatten(), encoder_hidden_states, timestep_seq_len=timestep.shape[1]
         )
+        if not has_text:
+            encoder_hidden_states = encoder_hidden_states[:, :0]
         timestep_proj = timestep_proj.unflatten(2, (6, -1))  # (batch, 1 or seq, 6, dim)
 
         # 4. Editing tokens

@@ -280,9 +280,12 @@ def _as_uint8(frames: np.ndarray | Sequence, name: str = "frames") -> np.ndarray
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise ValueError(f"`{name}` must have the shape (num_frames, height, width, 3), got {frames.shape}")
     if np.issubdtype(frames.dtype, np.floating):
-        if not (np.isfinite(frames).all() and frames.min() >= 0 and frames.max() <= 1):
-            raise ValueError(f"`{name}`: float frames must be finite and in [0, 1]")
-        frames = np.round(frames * 255).astype(np.uint8)
+        whole = np.empty(frames.shape, np.uint8)
+        for index, frame in enumerate(frames):  # one at a time: a long clip as floats takes gigabytes
+            if not (np.isfinite(frame).all() and frame.min() >= 0 and frame.max() <= 1):
+                raise ValueError(f"`{name}`: float frames must be finite and in [0, 1]")
+            whole[index] = np.round(frame * 255)
+        frames = whole
     if frames.dtype != np.uint8:
         raise ValueError(f"`{name}` must be uint8, or float in [0, 1], got {frames.dtype}")
     return np.ascontiguousarray(frames)

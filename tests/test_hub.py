@@ -567,6 +567,15 @@ def test_where_weights_lay_is_not_told(server, pipe, tmp_path, capfd):
     assert told == []
 
 
+def test_other_folders_beside_a_saved_pipeline_stay_as_they_are(pipe, tmp_path):
+    others = {"settings.json": "{// a comment\n}", "model/config.json": '{"b": 1, "_name_or_path": "mine", "a": 2}'}
+    for name, text in others.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    pipe.save_pretrained(tmp_path)
+    assert {name: (tmp_path / name).read_text() for name in others} == others
+
+
 @pytest.mark.parametrize("name", ["pipeline.py", "transformer/rvedit_diffusers.py"])
 def test_code_that_is_missing_is_named(folder, tmp_path, capfd, name):
     main(capfd, folder, NAME, "--remote_code", "--export_only", tmp_path / "out")

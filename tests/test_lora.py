@@ -6,7 +6,7 @@ from components import build_pipeline, make_clip
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rvedit_diffusers import RVEDiTPipeline
 
@@ -219,3 +219,39 @@ def test_layers_of_wans_names_fit(pipe, tmp_path):
     expected = get_peft_model_state_dict(wan)
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+WAN_NAMES = {"attn1": "self_attn", "attn2": "cross_attn", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+WAN_NAMES |= {"ffn": "ffn", "net.0.proj": "0", "net.2": "2"}
+
+
+@pytest.mark.parametrize("form", ["diffusion_model", "lora_unet"])
+def test_keys_of_wans_own_code_are_converted(pipe, tmp_path, form):
+    add_lora(pipe, target_modules=[*TARGETS, "net.0.proj", "net.2"])
+    weights = {}
+    for key, value in get_peft_model_state_dict(pipe.transformer).items():
+        _, block, part, layer = key.split(".lora_")[0].split(".", 3)
+        place = ["blocks", block, WAN_NAMES[part], WAN_NAMES[layer]]
+        base = f"diffusion_model.{'.'.join(place)}" if form == "diffusion_model" else f"lora_unet_{'_'.join(place)}"
+        weights[f"{base}.lora_{'down' if 'lora_A' in key else 'up'}.weight"] = value.contiguous()
+        weights[f"{base}.alpha"] = torch.tensor(float(ALPHA))
+    save_file(weights, tmp_path / FILE)
+    fresh = build_pipeline()
+    fresh.load_lora_weights(tmp_path)
+    assert_same(edit(fresh), edit(pipe))
+
+
+def test_layers_of_another_model_are_refused(pipe, tmp_path):
+    save_file({"unet.down.0.lora_A.weight": torch.zeros(2, 4)}, tmp_path / FILE)
+    with pytest.raises(ValueError, match=r"has to hold layers of the transformer.*'unet.down.0.lora_A.weight'"):
+        pipe.load_lora_weights(tmp_path)
+    assert not getattr(pipe.transformer, "peft_config", {})
+
+
+def test_pickles_are_read_on_demand_alone(lora_pipe, tmp_path):
+    metadata = {"transformer_lora_layers": get_peft_model_state_dict(lora_pipe.transformer)}
+    RVEDiTPipeline.save_lora_weights(tmp_path, **metadata, safe_serialization=False)
+    (file,) = tmp_path.iterdir()
+    with pytest.raises(OSError, match="safetensors"):
+        build_pipeline().load_lora_weights(tmp_path)
+    build_pipeline().load_lora_weights(tmp_path, weight_name=file.name, use_safetensors=False)

@@ -18,7 +18,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTPipelineOutput, read_video, write_video
-from rvedit_diffusers.clips import transfer_edit
+from rvedit_diffusers.clips import resize_frames, transfer_edit
 from rvedit_diffusers.pipeline_rvedit import merge_padding
 
 
@@ -61,11 +61,12 @@ def test_output_type(shared_pipe, clip, output_type, kind, shape):
     assert frames.dtype in (torch.float32, np.float32)
 
 
-def test_output_types_hold_the_same_frames(shared_pipe, clip):
-    tensor = edit(shared_pipe, clip)
-    array = edit(shared_pipe, clip, output_type="np")
-    images = edit(shared_pipe, clip, output_type="pil")
-    assert 0.0 <= tensor.min() and tensor.max() <= 1.0
+@pytest.mark.parametrize("keep_detail", [False, True])
+def test_output_types_hold_the_same_frames(shared_pipe, clip, keep_detail):
+    tensor, array, images = (
+        edit(shared_pipe, clip, keep_detail=keep_detail, output_type=kind) for kind in ("pt", "np", "pil")
+    )
+    assert 0.0 <= tensor.min() and tensor.max() <= 1.0 and array.flags.c_contiguous
     np.testing.assert_array_equal(array, tensor.permute(0, 1, 3, 4, 2).numpy())
     assert [len(images), len(images[0])] == [1, 5]
     np.testing.assert_array_equal(np.stack(images[0]), (array[0] * 255).round().astype(np.uint8))
@@ -234,6 +235,19 @@ def test_detail_can_be_kept_at_any_size(shared_pipe, clip):
     usual, plain, kept = (edit(shared_pipe, clip, keep_detail=keep) for keep in (None, False, True))
     assert torch.equal(usual, plain) and not torch.equal(usual, kept)
     assert edit(shared_pipe, clip, keep_detail=True, height=16, width=48).shape[-2:] == (16, 48)
+
+
+def test_a_clip_can_come_back_at_its_own_size_from_another(shared_pipe):
+    clip, size = make_clip(3, 64, 96), {"height": 32, "width": 48}
+    own, kept, plain = (
+        edit(shared_pipe, clip, keep_size=True, keep_detail=keep, **size) for keep in (None, True, False)
+    )
+    assert torch.equal(own, kept) and not torch.equal(own, plain)
+    small = edit(shared_pipe, clip, **size)[0]
+    torch.testing.assert_close(plain[0], resize_frames(small * 2 - 1, (64, 96)) / 2 + 0.5, rtol=0, atol=1e-5)
+    large = {"height": 128, "width": 192}  # has all the detail that there is
+    own, plain = (edit(shared_pipe, clip, keep_size=True, keep_detail=keep, **large) for keep in (None, False))
+    assert torch.equal(own, plain) and own.shape[-2:] == (64, 96)
 
 
 def test_whether_detail_is_kept_by_default_is_saved_with_the_pipeline(pipe, clip, tmp_path):
@@ -991,6 +1005,35 @@ def test_model_cpu_offload_frees_the_mllm_before_the_transformer_runs(pipe, clip
     assert loads[0] == "text_encoder" and set(loads) == {"text_encoder", "mllm", "distiller", "vae", "transformer"}
     last_mllm = len(events) - 1 - events[::-1].index("mllm")
     assert last_mllm < events.index("no mllm", last_mllm) < events.index("transformer")
+
+
+def test_model_cpu_offload_frees_the_text_encoder_when_the_mllm_does_not_run(pipe, clip, monkeypatch):
+    from accelerate.hooks import CpuOffload
+
+    tokens = tokens_of(pipe, clip)
+    expected = edit(pipe, clip, **tokens)
+    pipe.enable_model_cpu_offload(device="cpu")
+    names = {id(component): name for name, component in pipe.components.items()}
+    events = []
+    for kind in ("pre_forward", "init_hook"):
+        plain = getattr(CpuOffload, kind)
+
+        def record(self, module, *args, kind=kind, plain=plain, **kwargs):
+            events.append((kind, names[id(module)]))
+            return plain(self, module, *args, **kwargs)
+
+        monkeypatch.setattr(CpuOffload, kind, record)
+    assert torch.equal(edit(pipe, clip, **tokens), expected)
+    order = [events.index(event) for event in (("pre_forward", "text_encoder"), ("init_hook", "text_encoder"))]
+    assert order[0] < order[1] < events.index(("pre_forward", "transformer"))
+
+
+def test_group_offload_leaves_no_encoder_whole_on_the_device(pipe):
+    pipe.enable_group_offload(torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    for model in (pipe.text_encoder, pipe.mllm):
+        linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        hooks = [linear._diffusers_hook.get_hook("group_offloading") for linear in linears]
+        assert len(linears) > 5 and all(hook.group.modules == [linear] for hook, linear in zip(hooks, linears))
 
 
 @pytest.mark.parametrize("level", ["block_level", "leaf_level"])

@@ -228,6 +228,7 @@ WRONG_CALLS = {
         ["`negative_prompt`", "bad", "no use"],
     ),
     "keep_detail of another type": ({"keep_detail": "yes"}, ValueError, ["`keep_detail`", "'yes'", "None"]),
+    "keep_size of another type": ({"keep_size": 2}, ValueError, ["`keep_size`", "2", "True or False"]),
     "reuse_context of another type": (
         {"reuse_context": "yes"},
         ValueError,
