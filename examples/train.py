@@ -489,8 +489,11 @@ def unsupported(args: argparse.Namespace, accelerator: Accelerator) -> str | Non
     """Why these options do not go together with several processes, or `None`."""
     if args.group_offload and accelerator.num_processes > 1:
         return "--group_offload is for one process: several share out the weights with FSDP2"
-    if accelerator.distributed_type == DistributedType.FSDP and (args.layerwise_casting or args.optimizer == "muon"):
-        return "--layerwise_casting and --optimizer muon need whole weights, which FSDP2 shares out"
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if args.layerwise_casting or args.optimizer in ("muon", "adamw8bit"):
+            return "--layerwise_casting and --optimizer muon or adamw8bit need whole weights, which FSDP2 shares out"
+    if is_deepspeed(accelerator) and args.optimizer == "muon":
+        return "--optimizer muon needs matrices, which DeepSpeed flattens"
     if accelerator.distributed_type == DistributedType.FSDP and args.distill_steps is not None:
         return "--distill_steps needs the model without its LoRA, which FSDP2 shares out with it: use DDP"
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
@@ -540,11 +543,15 @@ def main(argv: list[str] | None = None) -> None:
             "bf16": {"enabled": False},  # what learns stays in float32, as everywhere
             "torch_autocast": {"enabled": args.mixed_precision == "bf16", "dtype": "bfloat16"},
         }
-    if accelerator.distributed_type == DistributedType.FSDP and args.mixed_precision == "bf16":
-        # autocast casts what is to be: no noise level, no loss
-        plugin = accelerator.state.fsdp_plugin
-        casts = {"cast_forward_inputs": False, "output_dtype": None}
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **casts)
+    is_fsdp = accelerator.distributed_type == DistributedType.FSDP
+    if is_fsdp:
+        # else every process accumulates the gradients of all parameters
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+        if args.mixed_precision == "bf16":
+            # autocast casts what is to be: no noise level, no loss, no gradient of what learns
+            plugin = accelerator.state.fsdp_plugin
+            casts = {"cast_forward_inputs": False, "output_dtype": None, "reduce_dtype": torch.float32}
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **casts)
     device, rank, num_processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     main_process = accelerator.is_main_process
     torch.manual_seed(args.seed)  # of what begins at random
@@ -648,7 +655,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if is_live:
-        pipe.mllm.requires_grad_(False).to(device)
+        pipe.mllm.requires_grad_(False)
         if args.gradient_checkpointing:
             pipe.mllm.train()
             pipe.mllm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -662,8 +669,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     else:
         branches = ConnectingBranches(pipe.transformer, pipe.distiller, pipe.mllm)
-    for part in [part for part in branches.children() if not (args.group_offload and part is pipe.transformer)]:
-        part.to(device)
+    for part in branches.children():
+        # FSDP2 moves each process's share, which may be all that fits
+        if not is_fsdp and not (args.group_offload and part is pipe.transformer):
+            part.to(device)
     if args.train_distiller == "connectors":
         pipe.distiller.queries.requires_grad_(False)
     branches.train()
@@ -681,6 +690,7 @@ def main(argv: list[str] | None = None) -> None:
         args.weight_decay,
         **args.optimizer_args,
     )
+    del parameters  # FSDP2 frees those that nothing else holds
     scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer,
@@ -746,7 +756,8 @@ def main(argv: list[str] | None = None) -> None:
                     num_pairs = 2 if aligns_with_next(args) else 1
                     metrics |= gradient_norms(accelerator, model, averages, fixed[1], collate, num_pairs)
             if args.num_validation_edits:
-                pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae").to(device)
+                pipe.vae = AutoencoderKLWan.from_pretrained(base, subfolder="vae", torch_dtype=half).to(device)
+                pipe.vae.enable_tiling()  # the memory is the training's
                 shown = (held_out, cached[1]) if len(held_out) else (pairs, cached[0])
                 folder = args.output / "validation" / f"step-{step:06d}"
                 wanted = (null_text, args.num_validation_edits, folder)
@@ -866,6 +877,8 @@ def main(argv: list[str] | None = None) -> None:
             entry |= {"gradient_norm": norm, "nonfinite": nonfinite, "lr": scheduler.get_last_lr()[0]}
             entry |= {"epoch": step / sampler.batches_per_epoch, "seconds_per_step": seconds}
             entry = {name: value for name, value in entry.items() if math.isfinite(value)}
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save(args.output / f"checkpoint-{step}")  # before the validation, which takes more memory
         if args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps):
             entry |= validate()
         if entry:
@@ -873,8 +886,6 @@ def main(argv: list[str] | None = None) -> None:
             write_entry(step, entry)
             shown = ("flow", "align", "information_nats", "connect", "validation_flow", "nonfinite")
             bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save(args.output / f"checkpoint-{step}")
 
     # 5. The result is what the pipeline loads; the alignment heads stay behind
     branches.eval()

@@ -129,7 +129,6 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
                 " processor's output to a device without a dtype."
             )
 
-    @apply_forward_hook
     def harvest(
         self, mllm: PreTrainedModel, inputs: Mapping[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -153,6 +152,8 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
         # offloading needs to be told: the base model is called, not `mllm`, and the queries are read outside `forward`
         if hasattr(mllm, "_hf_hook") and hasattr(mllm._hf_hook, "pre_forward"):
             mllm._hf_hook.pre_forward(mllm)
+        if self.queries.device.type == "meta":  # wherever else they rest, model offload would move the MLLM for them
+            self._hf_hook.pre_forward(self)
         group_hooks = []
         for module in (mllm, self):
             hooks = getattr(module, "_diffusers_hook", None)

@@ -1,10 +1,11 @@
-import importlib.util
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rvedit_diffusers.training import optimizers
 from rvedit_diffusers.training.checkpoint import load_checkpoint, save_checkpoint
 from rvedit_diffusers.training.optimizers import (
     NEED_OTHERS,
@@ -236,7 +237,7 @@ def test_settings_go_before_the_weight_decay(name):
     assert optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", *NAMES])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", *NAMES])
 def test_each_lowers_a_loss(name):
     parameter = nn.Parameter(torch.full((4, 4), 3.0))
     optimizer = build_optimizer(name, [parameter], [parameter], 1e-2, 0.1)
@@ -250,7 +251,7 @@ def test_each_lowers_a_loss(name):
     assert losses[2] < losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", *NAMES])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "muon", *NAMES])
 def test_each_resumes_exactly(name, tmp_path):
     whole, optimizer = named(name)
     train(whole, optimizer, 2)
@@ -273,8 +274,46 @@ def test_unknown_settings_are_refused(name, setting):
         build_optimizer(name, nn.Linear(2, 2).parameters(), [], 1e-2, 0.1, **{setting: 0.9})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
-def test_adamw8bit_says_what_to_install():
+def test_states_in_8_bits_are_resumed_from(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 64))  # smaller ones have their state in float32
+        return model, build_optimizer("adamw8bit", model.parameters(), [], 1e-2, 0.1)
+
+    def learn(model, optimizer, seed):
+        model(torch.randn(4, 64, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, optimizer = make()
+    learn(model, optimizer, 0)
+    assert optimizer.state[model[0].weight]["state1"].dtype == torch.uint8
+    save(tmp_path / "checkpoint-1", model, optimizer, 1)
+    resumed, other = make()
+    load(tmp_path / "checkpoint-1", resumed, other)
+    for each in ((model, optimizer), (resumed, other)):
+        learn(*each, 1)
+    for name, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("at_once", [1, 128, 10**6])
+def test_how_many_matrices_muon_takes_at_once_changes_nothing(at_once, monkeypatch):
+    monkeypatch.setattr(optimizers, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    matrices = [nn.Parameter(torch.randn(8, 8)) for _ in range(5)]
+    before = [matrix.detach().clone() for matrix in matrices]
+    for matrix in matrices:
+        matrix.grad = torch.randn(8, 8)
+    Muon(matrices, lr=1e-2, weight_decay=0.0).step()
+    for matrix, start in zip(matrices, before, strict=True):
+        momentum = 0.05 * matrix.grad
+        wanted = orthogonalized(matrix.grad.lerp(momentum, 0.95)[None])[0]
+        torch.testing.assert_close(matrix, start - 0.2 * 8**0.5 * 1e-2 * wanted, rtol=0, atol=2e-4)
+
+
+def test_adamw8bit_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ImportError, match="`--optimizer adamw8bit`.*pip install bitsandbytes"):
         named("adamw8bit")
 

@@ -1,9 +1,11 @@
 import os
 import time
+from itertools import groupby
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
 from components import TEXT_DIM, build_pipeline, make_clip
 from safetensors.torch import load_file
 
@@ -378,6 +380,24 @@ def test_without_anything_to_encode_nothing_is_moved(pipe, tmp_path, monkeypatch
     calls = count_calls(monkeypatch, pipe, "to")
     fill_cache(pipe, PAIRS, tmp_path, "none", device=torch.device("cpu"))
     assert not calls
+
+
+def test_models_that_take_turns_on_a_device_take_one_for_all_pairs(pipe, tmp_path, monkeypatch):
+    plain = fill_cache(pipe, PAIRS, tmp_path / "plain")
+    pipe.enable_model_cpu_offload(device="cpu")
+    names = {id(component): name for name, component in pipe.components.items()}
+    calls = count_calls(monkeypatch, CpuOffload, "pre_forward")
+    in_turns = fill_cache(pipe, PAIRS, tmp_path / "in turns")
+    monkeypatch.undo()
+    assert [name for name, _ in groupby(names[id(call[1])] for call in calls)] == [
+        "vae",
+        "mllm",
+        "distiller",
+        "text_encoder",
+    ]
+    for paths in zip(plain, in_turns, strict=True):
+        first, second = map(load_file, paths)
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 # The empty instruction

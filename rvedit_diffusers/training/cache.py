@@ -29,6 +29,7 @@ SAME_IN_CAPTIONED = {  # what a captioned clip, a pair of one clip, has no secon
     "reference_visual_tokens": "visual_tokens",
 }
 VERSION = 2  # to be raised when `encode_pairs` makes something else of the same pair
+IN_TURNS = 16  # pairs that one model encodes before the next, where they take turns on a device
 MAX_TEXT_LENGTH = 512  # as the pipeline's `max_sequence_length`
 
 
@@ -79,58 +80,78 @@ def to_video(clips: Sequence[np.ndarray]) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_pairs(
-    pipe: RVEDiTPipeline, pairs: EditPairs, indices: Sequence[int], tokens: str = "tokens", text: str = "embeds"
-) -> list[dict[str, torch.Tensor]]:
-    """Encode pairs of one bucket.
+    pipe: RVEDiTPipeline,
+    pairs: EditPairs,
+    batches: Sequence[Sequence[int]],
+    tokens: str = "tokens",
+    text: str = "embeds",
+) -> list[list[dict[str, torch.Tensor]]]:
+    """Encode batches of pairs, model by model: with model offload each is moved to the device once.
 
     Args:
         pipe ([`RVEDiTPipeline`]): Its VAE, MLLM, distiller, processor, tokenizer and text encoder are used.
-        pairs ([`EditPairs`]): What to encode, at `indices`.
+        pairs ([`EditPairs`]): What to encode.
+        batches (`Sequence[Sequence[int]]`): Indices of pairs that are encoded together, each time of one bucket.
         tokens (`str`): `"tokens"`: what the whole distiller makes; `"states"`: the MLLM's states, for connectors that
             learn; `"none"`: nothing, for queries that learn.
         text (`str`): `"embeds"`: what the text encoder makes; `"ids"`: its inputs, for a text encoder that learns.
 
     Returns:
-        `list[dict]`: For each pair `latents` and `source_latents` `(channels, latent_frames, latent_height,
-        latent_width)`; `edit_tokens` and `visual_tokens` `(num, dim)` of the editing branch, whose MLLM has seen the
-        source, and `reference_edit_tokens` and `reference_visual_tokens` of the reference branch, whose MLLM has seen
-        the edited clip; `visual_positions` `(num, 3)`, float32; `prompt_embeds` `(length, text_dim)` without padding,
-        or `input_ids` and `attention_mask` `(model_max_length,)`. What is not said otherwise is bfloat16. Where all
-        pairs are captioned clips, whose `load` gives one array twice, there is only what comes of the source.
+        `list[list[dict]]`: For each pair of each batch `latents` and `source_latents` `(channels, latent_frames,
+        latent_height, latent_width)`; `edit_tokens` and `visual_tokens` `(num, dim)` of the editing branch, whose MLLM
+        has seen the source, and `reference_edit_tokens` and `reference_visual_tokens` of the reference branch, whose
+        MLLM has seen the edited clip; `visual_positions` `(num, 3)`, float32; `prompt_embeds` `(length, text_dim)`
+        without padding, or `input_ids` and `attention_mask` `(model_max_length,)`. What is not said otherwise is
+        bfloat16. Where all pairs are captioned clips, whose `load` gives one array twice, there is only what comes of
+        the source.
     """
-    sources, edited = zip(*(pairs.load(index) for index in indices), strict=True)
-    texts = [pairs.instruction(index) for index in indices]
-    rows = {}
+    loaded = [[*zip(*(pairs.load(index) for index in indices), strict=True)] for indices in batches]
+    texts = [[pairs.instruction(index) for index in indices] for indices in batches]
 
-    # 1. Latents. Several edits of one clip stand next to each other in some data: the clip is encoded once
-    keys = [clip.tobytes() for clip in sources]
-    unique = dict(zip(keys, sources, strict=True))
-    source_latents = pipe.encode_video(to_video(list(unique.values())))
-    rows["source_latents"] = source_latents[[list(unique).index(key) for key in keys]]
-    is_captioned = all(source is clip for source, clip in zip(sources, edited, strict=True))
-    if not is_captioned:
-        rows["latents"] = pipe.encode_video(to_video(edited))
+    # 1. Latents
+    encoded = [_encode_latents(pipe, *clips) for clips in loaded]
+    pipe.maybe_free_model_hooks()
 
     # 2. Tokens of both branches
     if tokens != "none":
-        rates = [pairs.fps(index) for index in indices]
-        read = {"": sources} if is_captioned else {"": sources, "reference_": edited}
-        for prefix, clips in read.items():
-            inputs = pipe.processor(list(clips), texts, fps=rates).to(get_module_execution_device(pipe.mllm))
-            edit, visual, positions, mask = pipe.distiller.harvest(pipe.mllm, inputs)
-            assert mask is None  # clips of one size have equally many visual tokens
-            if tokens == "tokens":
-                edit, visual = pipe.distiller.connect(edit, visual)
-            rows |= {f"{prefix}edit_tokens": edit, f"{prefix}visual_tokens": visual}
-    samples = [{name: value[i].to("cpu", torch.bfloat16) for name, value in rows.items()} for i in range(len(indices))]
-    if tokens != "none":
-        for sample, row in zip(samples, positions.cpu(), strict=True):
-            sample["visual_positions"] = row
+        for indices, rows, (sources, edited), said in zip(batches, encoded, loaded, texts, strict=True):
+            read = {"": sources, "reference_": edited} if "latents" in rows else {"": sources}
+            for prefix, clips in read.items():
+                rates = [pairs.fps(index) for index in indices]
+                inputs = pipe.processor(list(clips), said, fps=rates).to(get_module_execution_device(pipe.mllm))
+                states = pipe.distiller.harvest(pipe.mllm, inputs)
+                assert states[3] is None  # clips of one size have equally many visual tokens
+                rows |= dict(zip((f"{prefix}edit_tokens", f"{prefix}visual_tokens"), states))
+                rows["visual_positions"] = states[2]
+        for rows in encoded if tokens == "tokens" else ():
+            for prefix in ("", "reference_"):
+                names = (f"{prefix}edit_tokens", f"{prefix}visual_tokens")
+                if names[0] in rows:
+                    rows |= dict(zip(names, pipe.distiller.connect(*(rows[name] for name in names)), strict=True))
+        pipe.maybe_free_model_hooks()
 
-    # 3. Text
-    for sample, row in zip(samples, encode_texts(pipe, texts, text), strict=True):
-        sample |= row
-    return samples
+    # 3. Texts
+    found = []
+    for rows, said in zip(encoded, texts, strict=True):
+        dtypes = {name: torch.float32 if name == "visual_positions" else torch.bfloat16 for name in rows}
+        samples = [{name: value[i].to("cpu", dtypes[name]) for name, value in rows.items()} for i in range(len(said))]
+        rows.clear()
+        found.append([sample | row for sample, row in zip(samples, encode_texts(pipe, said, text), strict=True)])
+    pipe.maybe_free_model_hooks()
+    return found
+
+
+def _encode_latents(
+    pipe: RVEDiTPipeline, sources: Sequence[np.ndarray], edited: Sequence[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    # Several edits of one clip stand next to each other in some data: the clip is encoded once
+    keys = [clip.tobytes() for clip in sources]
+    unique = dict(zip(keys, sources, strict=True))
+    source_latents = pipe.encode_video(to_video(list(unique.values())))
+    rows = {"source_latents": source_latents[[list(unique).index(key) for key in keys]]}
+    if any(source is not clip for source, clip in zip(sources, edited, strict=True)):  # else captioned clips
+        rows["latents"] = pipe.encode_video(to_video(edited))
+    return rows
 
 
 @torch.no_grad()
@@ -197,9 +218,14 @@ def fill_cache(
     missing = [batch for batch in ([i for i in batch if not paths[i].exists()] for batch in batches) if batch]
     if missing and device is not None:
         _move_encoders(pipe, device)
-    for indices in tqdm(missing, desc="encoding", unit="batch", disable=rank > 0 or not missing):
-        for index, sample in zip(indices, encode_pairs(pipe, pairs, indices, tokens, text), strict=True):
-            _write(paths[index], sample)
+    # models that take turns on the device take them seldom
+    at_once = max(IN_TURNS // batch_size, 1) if getattr(pipe, "_all_hooks", ()) else 1
+    with tqdm(total=len(missing), desc="encoding", unit="batch", disable=rank > 0 or not missing) as bar:
+        for some in (missing[start : start + at_once] for start in range(0, len(missing), at_once)):
+            for indices, samples in zip(some, encode_pairs(pipe, pairs, some, tokens, text), strict=True):
+                for index, sample in zip(indices, samples, strict=True):
+                    _write(paths[index], sample)
+            bar.update(len(some))
     return paths
 
 

@@ -234,6 +234,9 @@ def save_checkpoint(
         engine.save_checkpoint(str(temporary / "deepspeed"), tag="state", exclude_frozen_parameters=True)
         torch.distributed.barrier()
     for index, entry in ({} if engine is not None else optimizer.state_dict()["state"]).items():
+        for wrapped in [name for name, value in entry.items() if isinstance(value, dict)]:
+            # bitsandbytes' optimizers nest what is quantised, with tables that parameters share
+            entry |= {name: value.clone() for name, value in entry.pop(wrapped).items()}
         for name, value in entry.items():
             if isinstance(value, torch.Tensor):
                 moments[f"{index}.{name}"] = _gather(value, is_main_process)

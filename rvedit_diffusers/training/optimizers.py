@@ -12,6 +12,7 @@ from .options import computes_in_bfloat16
 
 
 OWN_OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+AT_ONCE = 2**26  # numbers that Muon orthogonalises together on a process: each takes 14 bytes meanwhile
 NEED_OTHERS = ("LBFGS", "Muon", "SparseAdam", "Optimizer")  # a closure, matrices alone, sparse gradients, a subclass
 
 
@@ -52,16 +53,20 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if is_tall else x
 
 
+def num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def orthogonalized_in_shares(matrices: torch.Tensor) -> torch.Tensor:
     """[`orthogonalized`], of which each process of a distributed training computes a share; all have to call it."""
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_processes() == 1:
         return orthogonalized(matrices)
-    size, rank = math.ceil(len(matrices) / dist.get_world_size()), dist.get_rank()
+    size, rank = math.ceil(len(matrices) / num_processes()), dist.get_rank()
     own = matrices[rank * size : (rank + 1) * size]
     share = torch.zeros(size, *matrices.shape[1:], device=matrices.device)  # float32: all backends know it
     if len(own):
         share[: len(own)] = orthogonalized(own)
-    shares = share.new_empty(dist.get_world_size() * size, *matrices.shape[1:])
+    shares = share.new_empty(num_processes() * size, *matrices.shape[1:])
     dist.all_gather_into_tensor(shares, share)
     return shares[: len(matrices)]
 
@@ -103,12 +108,14 @@ class Muon(torch.optim.Optimizer):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     shapes.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
             for shape, parameters in shapes.items():
-                updates = [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in parameters]
-                updates = torch.stack([update.flatten(1) for update in updates])
-                dtype = torch.bfloat16 if computes_in_bfloat16(updates.device) else torch.float32
+                dtype = torch.bfloat16 if computes_in_bfloat16(parameters[0].device) else torch.float32
                 rate = 0.2 * math.sqrt(max(shape)) * group["lr"]
-                for parameter, update in zip(parameters, orthogonalized_in_shares(updates.to(dtype)), strict=True):
-                    parameter.add_(update.view(parameter.shape), alpha=-rate)
+                count = max(AT_ONCE // math.prod(shape), 1) * num_processes()
+                for some in (parameters[start : start + count] for start in range(0, len(parameters), count)):
+                    updates = [p.grad.lerp(self.state[p]["momentum_buffer"], group["momentum"]) for p in some]
+                    updates = torch.stack([update.flatten(1).to(dtype) for update in updates])
+                    for parameter, update in zip(some, orthogonalized_in_shares(updates), strict=True):
+                        parameter.add_(update.view(parameter.shape), alpha=-rate)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -96,6 +96,8 @@ def held_out_loss(
                 velocity, _ = model(batch)
             if counts:
                 sums[levels.start : levels.stop] += flow_matching_loss(velocity, batch["latents"], batch["noise"])
+    if isinstance(model, FSDPModule):
+        model.reshard()  # its root keeps what it has gathered, and would be saved and learn on with that
     model.train()
     means = (accelerator.reduce(sums) / len(samples)).tolist()
     if is_base:
