@@ -33,7 +33,8 @@ def transformer_flops(preset: Preset, is_wan: bool = False, with_context: bool =
     block = (8 + 4) * tokens * dim * dim + 4 * tokens * dim * preset.ffn_dim  # self- and cross-attention, feed-forward
     ends = 2 * 2 * tokens * PATCH * preset.channels * dim  # into patches and out of them
     time = 2 * (TIME_DIM * dim + dim * dim) + 2 * dim * 6 * dim
-    linear = layers * block + ends + time + (0 if with_context else context_flops(preset, is_wan))
+    one_token = 2 * (preset.text_dim * dim + dim * dim)  # goes through the text's embedder where there is no text
+    linear = layers * block + ends + time + (one_token if with_context else context_flops(preset, is_wan))
     num_keys = layers * preset.num_text
     if not is_wan:
         shallow = layers // 3

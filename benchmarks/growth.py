@@ -21,6 +21,7 @@ from models import (
     PRESETS,
     Preset,
     add_arguments,
+    build,
     build_transformer,
     build_wan,
     check_arguments,
@@ -29,7 +30,6 @@ from models import (
     make_tokens,
     measure_in_turns,
     publish,
-    to_dtype,
 )
 from torch import nn
 
@@ -59,9 +59,10 @@ def sizes(preset: Preset) -> dict[str, dict[float, tuple[Preset, int]]]:
 
 
 def build_models(preset: Preset, device: torch.device, dtype: torch.dtype) -> dict[str, nn.Module]:
-    with torch.device(device):
-        models = {"ours": build_transformer(preset), "wan": build_wan(preset)}
-    return {name: to_dtype(model.eval().requires_grad_(False), dtype) for name, model in models.items()}
+    return {
+        name: build(partial(make, preset), device, dtype)
+        for name, make in (("ours", build_transformer), ("wan", build_wan))
+    }
 
 
 def call_on(preset: Preset, num_clips: int, device: torch.device, dtype: torch.dtype, name: str, model: nn.Module):

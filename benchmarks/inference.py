@@ -31,6 +31,7 @@ from costs import transformer_flops
 from models import (
     PRESETS,
     add_arguments,
+    build,
     build_pipelines,
     build_transformer,
     build_wan,
@@ -41,7 +42,6 @@ from models import (
     measure_in_turns,
     publish,
     spread,
-    to_dtype,
     turn_ratios,
 )
 from torch.nn import functional as F
@@ -74,10 +74,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 def build_calls(args: argparse.Namespace) -> tuple[dict[str, torch.nn.Module], dict[str, Callable]]:
     """The transformers, `"ours"` and `"wan"`, and calls of them on one clip."""
     preset = PRESETS[args.preset]
-    with torch.device(args.device):
-        models = {"ours": build_transformer(preset), "wan": build_wan(preset)}
-    for model in models.values():
-        to_dtype(model.eval().requires_grad_(False), args.dtype)
+    models = {
+        name: build(partial(make, preset), args.device, args.dtype)
+        for name, make in (("ours", build_transformer), ("wan", build_wan))
+    }
     tokens = make_tokens(preset, args.device, args.dtype)
     tokens["encoder_hidden_states"][:, PROMPT_TOKENS:] = 0
     latents = torch.randn(1, preset.channels, *preset.latent_size, device=args.device, dtype=args.dtype)
@@ -155,7 +155,8 @@ def measure_edit(args: argparse.Namespace) -> dict:
     names = ["ours", "lucy", "lucy-plain"]
     if preset.vae.get("scale_factor_spatial", 8) == 8:  # VACE's masks are made for Wan 2.1's VAE
         names.append("vace")
-    pipelines = build_pipelines(preset, names, args.device, args.dtype)
+    home = torch.device("cpu") if args.device.type == "cuda" else args.device  # one pipeline at a time may fit
+    pipelines = build_pipelines(preset, names, home, args.dtype)
     num_frames, height, width = preset.clip_size
     clip = torch.rand(num_frames, 3, height, width, generator=torch.Generator().manual_seed(0))
     settings = {
@@ -169,7 +170,14 @@ def measure_edit(args: argparse.Namespace) -> dict:
     }
     clips = {"ours": clip}
     actions = {name: partial(pipe, video=clips.get(name, clip[None]), **settings) for name, pipe in pipelines.items()}
-    seconds, memory = measure_in_turns(actions, args.device, args.repeats)
+
+    def prepare(name: str) -> None:
+        if home != args.device:
+            for other in pipelines.values():
+                other.to(home)
+            pipelines[name].to(args.device)
+
+    seconds, memory = measure_in_turns(actions, args.device, args.repeats, prepare=prepare, with_resident=True)
     return {"seconds": seconds, "memory_bytes": memory}
 
 

@@ -10,7 +10,7 @@ use inside, fragments between allocations and CUDA's own part come on top.
 
 import argparse
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -21,6 +21,7 @@ from models import (
     PRESETS,
     Preset,
     add_arguments,
+    build_mllm,
     build_pipelines,
     build_transformer,
     check_arguments,
@@ -35,7 +36,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import UMT5Config, UMT5EncoderModel
 
 from rvedit_diffusers import RVEDiTPipeline
-from rvedit_diffusers.tiny import build_tiny_mllm
 from rvedit_diffusers.training.memory import LiveBytes, num_bytes
 
 
@@ -89,10 +89,10 @@ SETTINGS: dict[str, tuple[Callable, ...]] = {
 
 def build_parts(preset: Preset, *names: str) -> list[nn.Module]:
     """Models of the pipeline on the meta device, in bfloat16."""
-    text_config = UMT5Config(vocab_size=256384, d_model=preset.text_dim, **preset.text_encoder)
+    text_config = UMT5Config(d_model=preset.text_dim, **{"vocab_size": 256384} | preset.text_encoder)
     builders = {
         "text_encoder": lambda: UMT5EncoderModel(text_config),
-        "mllm": lambda: build_tiny_mllm("qwen3_vl", **preset.mllm),
+        "mllm": lambda: build_mllm(preset),
         "vae": lambda: AutoencoderKLWan(**preset.vae),
         "transformer": lambda: build_transformer(preset),
     }
@@ -152,11 +152,25 @@ def weights(module: nn.Module) -> int:
 
 
 def streamed_weights(module: nn.Module) -> int:
-    """What block-level group offload with a stream has on the device: all but the blocks, and two of these."""
-    stacks = [layer for layer in module.modules() if isinstance(layer, nn.ModuleList)]
-    outer = [stack for stack in stacks if not any(stack is not o and stack in list(o.modules()) for o in stacks)]
-    blocks = [weights(block) for stack in outer for block in stack]
-    return weights(module) - sum(blocks) + sum(sorted(blocks)[-2:])
+    """What the pipeline's group offload with a stream has on the device: all but the blocks, and two of these; or two
+    leaves of a model that is not one of diffusers."""
+    if hasattr(module, "enable_group_offload"):
+        entered = getattr(module, "_group_offload_block_modules", None) or ()
+        blocks = [weights(block) for block in streamed_blocks(module, entered)]
+        return weights(module) - sum(blocks) + sum(sorted(blocks)[-2:])
+    leaves = {id(next(layer.parameters(), layer)): layer for layer in module.modules() if not any(layer.children())}
+    return sum(sorted(map(weights, leaves.values()))[-2:])  # UMT5 has its embedding in two places
+
+
+def streamed_blocks(module: nn.Module, entered: Sequence[str]) -> list[nn.Module]:
+    """What diffusers moves one by one: the members of a model's lists, and of those of the children it names."""
+    blocks = []
+    for name, child in module.named_children():
+        if name in entered:
+            blocks += streamed_blocks(child, entered)
+        elif isinstance(child, (nn.ModuleList, nn.Sequential)):
+            blocks += child
+    return blocks
 
 
 def count(preset: Preset) -> dict[str, dict]:
@@ -201,13 +215,17 @@ def stage_peaks(pipe: RVEDiTPipeline, device: torch.device) -> Iterator[dict[str
 
         return call
 
+    # the distiller calls the MLLM without its head
+    modules = {
+        stage: pipe.mllm.base_model if stage == "tokens" else getattr(pipe, part) for stage, part in STAGES.items()
+    }
     methods = {"encode": "encode", "decode": "decode"}
-    for stage, part in STAGES.items():
-        module, method = getattr(pipe, part), methods.get(stage, "forward")
+    for stage, module in modules.items():
+        method = methods.get(stage, "forward")
         setattr(module, method, followed(stage, getattr(module, method)))
     yield peaks
-    for stage, part in STAGES.items():
-        delattr(getattr(pipe, part), methods.get(stage, "forward"))
+    for stage, module in modules.items():
+        delattr(module, methods.get(stage, "forward"))
 
 
 def measure(preset: Preset, device: torch.device, num_inference_steps: int) -> dict[str, dict]:

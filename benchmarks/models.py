@@ -12,9 +12,11 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
@@ -24,9 +26,10 @@ from diffusers import (
     WanVACEPipeline,
     WanVACETransformer3DModel,
 )
+from torch import nn
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import PreTrainedModel, UMT5Config, UMT5EncoderModel
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
 from rvedit_diffusers.tiny import build_text_tokenizer, build_tiny_mllm, build_tiny_mllm_processor
@@ -50,7 +53,7 @@ WAN_2_2_VAE = {
     "latents_mean": [0.0] * 48,
     "latents_std": [1.0] * 48,
 }
-UMT5_XXL = {"d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+UMT5_XXL = {"vocab_size": 256384, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 QWEN3_VL_4B = {
     "hidden_size": 2560,
     "num_layers": 36,
@@ -62,6 +65,7 @@ QWEN3_VL_4B = {
     "vision_num_heads": 16,
     "vision_intermediate_size": 4096,
     "patch_size": 16,
+    "vocab_size": 151936,
 }
 
 
@@ -176,6 +180,40 @@ def build_vace(preset: Preset) -> WanVACETransformer3DModel:
     )
 
 
+def build_mllm(preset: Preset) -> PreTrainedModel:
+    """The Qwen3-VL of a preset."""
+    settings = dict(preset.mllm)
+    vocab_size = settings.pop("vocab_size", None)
+    mllm = build_tiny_mllm("qwen3_vl", **settings)
+    if vocab_size is not None:
+        mllm.resize_token_embeddings(vocab_size, mean_resizing=False)
+    return mllm
+
+
+def build(make: Callable[[], nn.Module], device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A model with random weights, each made on the device in its dtype: a copy in float32 may not fit.
+
+    Args:
+        make (`Callable`): Builds the model; its own initial weights are never made.
+        device (`torch.device`), dtype (`torch.dtype`): Of the weights; what the model keeps in float32 stays so.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = make().eval().requires_grad_(False)
+    kept = kept_in_float32(model)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_kept = kept & {*path.split("."), name}
+            value = torch.empty(parameter.shape, dtype=torch.float32 if is_kept else dtype, device=device)
+            if value.ndim == 1:
+                value.fill_(float(name == "weight"))  # of a norm, else a bias
+            else:
+                value.normal_(0, 0.02)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.to(device)
+
+
 def make_tokens(preset: Preset, device: torch.device, dtype: torch.dtype, batch_size: int = 1) -> dict:
     """Random inputs of the routed transformer, by the names of its arguments."""
 
@@ -205,47 +243,53 @@ def build_pipelines(preset: Preset, names: Sequence[str], device: torch.device, 
         `dict[str, DiffusionPipeline]`
     """
     tokenizer = build_text_tokenizer(model_max_length=preset.num_text)
+    config = UMT5Config(d_model=preset.text_dim, **{"vocab_size": len(tokenizer)} | preset.text_encoder)
+    text_encoder = build(lambda: UMT5EncoderModel(config), device, dtype)
     with torch.device(device):
         vae = AutoencoderKLWan(**preset.vae).eval()
-        config = UMT5Config(vocab_size=len(tokenizer), d_model=preset.text_dim, **preset.text_encoder)
-        text_encoder = UMT5EncoderModel(config).eval().to(dtype)
     shared = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae}
 
     pipelines: dict[str, DiffusionPipeline] = {}
     for name in names:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
-        with torch.device(device):
-            if name == "ours":
-                mllm = build_tiny_mllm("qwen3_vl", **preset.mllm)
-                patch_size = preset.mllm.get("patch_size", 8)
-                side = 2 * patch_size  # pixels of a visual token; one for two frames
-                frames = min(16, preset.clip_size[0])
-                with tempfile.TemporaryDirectory() as folder:
-                    build_tiny_mllm_processor("qwen3_vl", patch_size=patch_size).save_pretrained(folder)
-                    processor = RVEDiTProcessor.from_mllm(
-                        folder,
-                        num_edit_tokens=preset.num_edit,
-                        max_frames=frames,
-                        min_pixels=side**2,
-                        max_pixels=max(1, 2 * preset.num_visual // frames) * side**2,
-                    )
-                distiller = RVEDiTTokenDistiller(mllm.config.text_config.hidden_size, preset.dim, preset.num_edit)
-                parts = {"mllm": mllm.to(dtype), "distiller": distiller.eval().to(dtype), "processor": processor}
-                transformer, pipeline = build_transformer(preset), RVEDiTPipeline
-            elif name == "vace":
-                parts, transformer, pipeline = {}, build_vace(preset), WanVACEPipeline
-            else:
-                parts = {"expand_timesteps": name == "lucy"}
-                transformer, pipeline = build_wan(preset, num_inputs=2), LucyEditPipeline
-        transformer = to_dtype(transformer.eval(), dtype)
+        if name == "ours":
+            mllm = build(partial(build_mllm, preset), device, dtype)
+            patch_size = preset.mllm.get("patch_size", 8)
+            side = 2 * patch_size  # pixels of a visual token; one for two frames
+            frames = min(16, preset.clip_size[0])
+            with tempfile.TemporaryDirectory() as folder:
+                build_tiny_mllm_processor("qwen3_vl", patch_size=patch_size).save_pretrained(folder)
+                processor = RVEDiTProcessor.from_mllm(
+                    folder,
+                    num_edit_tokens=preset.num_edit,
+                    max_frames=frames,
+                    min_pixels=side**2,
+                    max_pixels=max(1, 2 * preset.num_visual // frames) * side**2,
+                )
+            width = mllm.config.text_config.hidden_size
+            distiller = build(partial(RVEDiTTokenDistiller, width, preset.dim, preset.num_edit), device, dtype)
+            parts = {"mllm": mllm, "distiller": distiller, "processor": processor}
+            make, pipeline = build_transformer, RVEDiTPipeline
+        elif name == "vace":
+            parts, make, pipeline = {}, build_vace, WanVACEPipeline
+        else:
+            parts, make = {"expand_timesteps": name == "lucy"}, partial(build_wan, num_inputs=2)
+            pipeline = LucyEditPipeline
+        transformer = build(partial(make, preset), device, dtype)
         pipelines[name] = pipeline(**shared, **parts, transformer=transformer, scheduler=scheduler)
         pipelines[name].set_progress_bar_config(disable=True)
     return pipelines
 
 
-def to_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """Names of layers that stay in float32 where a model is loaded in bfloat16; transformers has more for float16."""
+    attribute = "_keep_in_fp32_modules" + "_strict" * isinstance(model, PreTrainedModel)
+    return set(getattr(model, attribute, None) or ())
+
+
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Cast as `from_pretrained` does: what the model keeps in float32 stays."""
-    kept = set(model._keep_in_fp32_modules or ())
+    kept = kept_in_float32(model)
     for name, parameter in model.named_parameters():
         if not kept & set(name.split(".")):
             parameter.data = parameter.data.to(dtype)
@@ -299,7 +343,12 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def measure_in_turns(
-    actions: Mapping[str, Callable[[], object]], device: torch.device, repeats: int, warmups: int = 1
+    actions: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    warmups: int = 1,
+    prepare: Callable[[str], None] | None = None,
+    with_resident: bool = False,
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Time actions that take turns: A B C, A B C, ...
 
@@ -308,6 +357,9 @@ def measure_in_turns(
         device (`torch.device`): On a CPU, seconds are the process' own, summed over its threads: other programs do not
             add to them.
         repeats, warmups (`int`): Turns that count, and those before them that do not.
+        prepare (`Callable`, *optional*): Gets the name of each action before its time begins.
+        with_resident (`bool`, defaults to `False`): Whether what lies on the device before an action counts as its
+            memory: it may be that of the others.
 
     Returns:
         `tuple`: Seconds of each turn by name; and on CUDA the most memory in bytes of an action by name.
@@ -317,14 +369,17 @@ def measure_in_turns(
     seconds, memory = {name: [] for name in actions}, {}
     for turn in tqdm(range(warmups + repeats), unit="turn", leave=False):
         for name, action in actions.items():
+            if prepare is not None:
+                prepare(name)
             if on_cuda:
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
+                resident = 0 if with_resident else torch.cuda.memory_allocated(device)
             started = clock()
             action()
             if on_cuda:
                 torch.cuda.synchronize(device)
-                memory[name] = max(memory.get(name, 0), torch.cuda.max_memory_allocated(device))
+                memory[name] = max(memory.get(name, 0), torch.cuda.max_memory_allocated(device) - resident)
             if turn >= warmups:
                 seconds[name].append(clock() - started)
     return seconds, memory

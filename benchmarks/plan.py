@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from costs import transformer_flops
-from models import PRESETS, Preset, build_transformer, publish
+from models import PRESETS, Preset, build_mllm, build_transformer, publish
 from training import make_samples
 
 from rvedit_diffusers.training.adapters import add_lora
@@ -99,7 +99,8 @@ def count_memory(preset: Preset, training_type: str, checkpointing: bool) -> dic
 
     Returns:
         `dict[str, float]`: `weights`, `gradients` and `optimizer` of AdamW; `activations`; `block`, a block's weights
-        as FSDP gathers them; `num_weights` and `num_trained`.
+        as FSDP gathers them; `mllm`, the weights of the MLLM, which runs in every step of a full training, as its
+        queries learn; `num_weights` and `num_trained`.
     """
 
     def branches(num_layers: int) -> EditingBranches:
@@ -116,6 +117,10 @@ def count_memory(preset: Preset, training_type: str, checkpointing: bool) -> dic
     trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
     blocks = [num_bytes(block.parameters()) for block in whole.transformer.blocks]
     own = sum(p.nbytes for p in whole.transformer.blocks[-1].parameters() if p.requires_grad)
+    mllm_bytes = 0
+    if training_type == "full":
+        with torch.device("meta"):
+            mllm_bytes = 2 * sum(parameter.numel() for parameter in build_mllm(preset).parameters())
     # A block's gradients and copies in bfloat16 come with it, but not with what autograd keeps of it.
     kept = two - one if not checkpointing else 2 * preset.num_tokens * preset.dim  # its input, in bfloat16
     return {
@@ -123,6 +128,7 @@ def count_memory(preset: Preset, training_type: str, checkpointing: bool) -> dic
         "gradients": num_bytes(trained),
         "optimizer": 8 * sum(parameter.numel() for parameter in trained),
         "activations": max(one - own, 0) + (preset.num_layers - 1) * max(kept - (0 if checkpointing else own), 0),
+        "mllm": mllm_bytes,
         "block": 2 * max(blocks) / whole.transformer.dtype.itemsize * 2,
         "num_weights": sum(parameter.numel() for parameter in whole.parameters()),
         "num_trained": sum(parameter.numel() for parameter in trained),
@@ -132,9 +138,8 @@ def count_memory(preset: Preset, training_type: str, checkpointing: bool) -> dic
 def total_memory(memory: dict[str, float], num_gpus: int, strategy: str) -> float:
     """Bytes of one GPU."""
     states = memory["weights"] + memory["gradients"] + memory["optimizer"]
-    if strategy == "ddp":
-        return states + memory["activations"]
-    return states / num_gpus + memory["activations"] + 2 * memory["block"]
+    here = memory["activations"] + memory["mllm"]
+    return states + here if strategy == "ddp" else states / num_gpus + here + 2 * memory["block"]
 
 
 # The command line
@@ -222,7 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     ]
     for name in ("weights", "gradients", "optimizer"):
         lines.append(f"| {name} | {memory[name] / GIB:.1f} | {memory[name] / args.gpus / GIB:.1f} |")
-    lines.append(f"| activations | {memory['activations'] / GIB:.1f} | {memory['activations'] / GIB:.1f} |")
+    for name, label in (("activations", "activations"), ("mllm", "MLLM, which runs in every step")):
+        lines.append(f"| {label} | {memory[name] / GIB:.1f} | {memory[name] / GIB:.1f} |")
     lines.append(f"| total | {totals['ddp'] / GIB:.1f} | {totals['fsdp2'] / GIB:.1f} |")
     limit = f"{MEMORY_SHARE:.0%} of the {gpu.memory / GIB:.0f} GiB of one"
     if fitting:

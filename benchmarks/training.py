@@ -179,7 +179,8 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
         optimizer.step()
         optimizer.zero_grad()
 
-    return measure_in_turns({name: partial(step, name) for name in STEPS}, args.device, args.steps)
+    steps = {name: partial(step, name) for name in STEPS}
+    return measure_in_turns(steps, args.device, args.steps, with_resident=True)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import UMT5Config, UMT5EncoderModel
 
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +86,35 @@ def test_all_calls_compute_with_the_same_inputs():
         _, calls = inference.build_calls(args)
         torch.testing.assert_close(calls["ours"]().sample, calls["ours, context in each call"]().sample)
     assert calls["wan"].keywords["hidden_states"] is calls["ours"].keywords["hidden_states"]
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "mllm"])
+def test_models_are_made_in_their_dtype_with_the_weights_that_they_have(name):
+    preset = models.PRESETS["tiny"]
+    config = UMT5Config(vocab_size=64, d_model=preset.text_dim, **preset.text_encoder)
+    make = {
+        "transformer": lambda: models.build_transformer(preset),
+        "text_encoder": lambda: UMT5EncoderModel(config),
+        "mllm": lambda: models.build_mllm(preset),
+    }[name]
+    built, usual = models.build(make, CPU, torch.bfloat16), make()
+    if name == "transformer":
+        usual = models.to_dtype(usual, torch.bfloat16)
+        assert built.scale_shift_table.dtype == torch.float32
+    else:
+        usual.to(torch.bfloat16)
+    parameters, wanted = (dict(model.named_parameters()) for model in (built, usual))
+    assert {n: (p.shape, p.dtype) for n, p in parameters.items()} == {n: (p.shape, p.dtype) for n, p in wanted.items()}
+    assert not any(parameter.is_meta or parameter.requires_grad for parameter in parameters.values())
+    for (n, buffer), (_, other) in zip(built.named_buffers(), usual.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer.float(), other.float(), msg=n, atol=0.01, rtol=0.01)
+
+
+def test_what_is_prepared_is_before_the_time_of_its_action():
+    order = []
+    actions = {name: partial(order.append, name) for name in "ab"}
+    models.measure_in_turns(actions, CPU, 1, 0, prepare=lambda name: order.append(f"prepare {name}"))
+    assert order == ["prepare a", "a", "prepare b", "b"]
 
 
 def test_pipelines_share_their_encoders_and_edit_clips_of_one_size():

@@ -70,6 +70,32 @@ def test_two_blocks_of_a_streamed_model_are_on_the_device():
     assert memory.weights(transformer.blocks[1]) == block > memory.weights(transformer.blocks[0])
 
 
+def test_encoders_are_streamed_by_leaves_and_the_vae_by_blocks():
+    text_encoder, mllm, vae = memory.build_parts(TINY, "text_encoder", "mllm", "vae")
+    for model in (text_encoder, mllm):
+        linears = [memory.weights(module) for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        embedding = memory.weights(model.get_input_embeddings())
+        assert max(linears) + min(linears) < memory.streamed_weights(model) < memory.weights(model)
+        if model is text_encoder:
+            assert memory.streamed_weights(model) == embedding + max(linears)
+    blocks = memory.streamed_blocks(vae, ("encoder", "decoder"))
+    assert blocks == [*vae.encoder.down_blocks, *vae.decoder.up_blocks]
+    kept = memory.weights(vae) - sum(map(memory.weights, blocks))
+    assert memory.streamed_weights(vae) == kept + sum(sorted(map(memory.weights, blocks))[-2:])
+
+
+@torch.no_grad()
+def test_every_stage_of_an_edit_is_followed(monkeypatch):
+    pipe = models.build_pipelines(TINY, ["ours"], torch.device("cpu"), torch.float32)["ours"]
+    stubs = {"synchronize": None, "reset_peak_memory_stats": None, "max_memory_allocated": 1}
+    for name, value in stubs.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    clip = torch.rand(TINY.clip_size[0], 3, *TINY.clip_size[1:])
+    with memory.stage_peaks(pipe, torch.device("cpu")) as peaks:
+        pipe(clip, "make it red", num_inference_steps=1)
+    assert peaks == dict.fromkeys(memory.STAGES, 1)
+
+
 def test_what_a_call_holds_grows_with_the_clip(results):
     found = read(results, "growth")
     for axis in ("frames", "area", "batch"):

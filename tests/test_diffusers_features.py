@@ -275,6 +275,11 @@ def torchao_int8():
     return {"transformer": TorchAoConfig(config)} | {name: transformers.TorchAoConfig(config) for name in names}
 
 
+def torchao_int8_of_activations():
+    quantization = pytest.importorskip("torchao.quantization")
+    return {"transformer": TorchAoConfig(quantization.Int8DynamicActivationInt8WeightConfig())}
+
+
 def torchao_float8():
     quantization = pytest.importorskip("torchao.quantization")
     config = quantization.Float8WeightOnlyConfig()
@@ -300,7 +305,7 @@ def layers_of_any_width_in_4_bits(monkeypatch):
         monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
-QUANTIZATIONS = [torchao_int8, torchao_float8, bitsandbytes_int8, bitsandbytes_nf4]
+QUANTIZATIONS = [torchao_int8, torchao_int8_of_activations, torchao_float8, bitsandbytes_int8, bitsandbytes_nf4]
 LINEAR = {
     "transformer": "blocks.1.attn2.add_v_proj",
     "mllm": "model.language_model.layers.0.mlp.up_proj",
