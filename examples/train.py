@@ -877,15 +877,20 @@ def main(argv: list[str] | None = None) -> None:
             entry |= {"gradient_norm": norm, "nonfinite": nonfinite, "lr": scheduler.get_last_lr()[0]}
             entry |= {"epoch": step / sampler.batches_per_epoch, "seconds_per_step": seconds}
             entry = {name: value for name, value in entry.items() if math.isfinite(value)}
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save(args.output / f"checkpoint-{step}")  # before the validation, which takes more memory
         if args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps):
-            entry |= validate()
+            try:
+                entry |= validate()
+            except Exception:
+                if num_processes == 1:  # what has been learned does not end with it; of several, others may not fail
+                    save(args.output / f"checkpoint-{step}")
+                raise
         if entry:
             last |= entry
             write_entry(step, entry)
             shown = ("flow", "align", "information_nats", "connect", "validation_flow", "nonfinite")
             bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save(args.output / f"checkpoint-{step}")
 
     # 5. The result is what the pipeline loads; the alignment heads stay behind
     branches.eval()

@@ -62,6 +62,16 @@ def test_detail_that_an_edit_takes_away_is_not_put_back():
         assert psnr(kept, target) > psnr(source, target) + 2
 
 
+def test_a_grade_whose_copy_is_blurred_more_keeps_the_detail():
+    edits = SyntheticEdits(3, num_frames=2, height=192, width=192, operations=("grade",))
+    for index in range(4):
+        source = edits[index].source_frames
+        target = (0.35 * source).round().astype(np.uint8)
+        blurred = F.avg_pool2d(copy(target), 5, 1, 2, count_include_pad=False)
+        kept = to_frames(transfer_edit(blurred, copy(source), to_tensor(source)))
+        assert psnr(kept, target) > psnr(to_frames(resize_frames(blurred, (192, 192))), target) + 2
+
+
 def test_the_copy_of_the_result_is_the_edited_copy():
     """What the affine function cannot express is not lost."""
     edit = SyntheticEdits(4, num_frames=1, height=192, width=192, operations=("replace",))[1]

@@ -399,6 +399,16 @@ def test_encoders_are_not_in_memory_while_training(model, cache, tmp_path, monke
     assert set(alive.values()) == set()
 
 
+def test_what_was_learned_outlives_a_validation_that_fails(model, cache, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train, "held_out_loss", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, cache, tmp_path, "--max_train_steps=3", "--validation_steps=2", "--num_validation_pairs=1", *LORA)
+    assert [path.name for path in train.checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
 def test_training_lowers_the_loss(model, cache, tmp_path):
     options = ("--max_train_steps=30", "--align_weight=0", "--mixed_precision=no", "--drop_all=0", "--sigma_shift=1")
     flow = [entry["flow"] for entry in run(model, cache, tmp_path, *options, *QUIET, *FULL)]
