@@ -215,7 +215,7 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:  # torch's errors of memory are RuntimeErrors
         is_full = isinstance(error, torch.OutOfMemoryError)
-        hint = "; --offload group, fewer --num_frames or a smaller --height take less memory" if is_full else ""
+        hint = "; --offload, fewer --num_frames or a smaller --height take less memory" if is_full else ""
         parser.error(f"the edit failed: {first_line(error)}{hint}")
 
 
