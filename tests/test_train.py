@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -397,6 +398,34 @@ def test_encoders_are_not_in_memory_while_training(model, cache, tmp_path, monke
     before = encoders()
     run(model, cache, tmp_path / "cached", "--max_train_steps=1", *QUIET, *LORA)
     assert set(alive.values()) == set()
+
+
+@pytest.mark.parametrize(
+    "kind, options, says",
+    [
+        ("FSDP", ["--optimizer=muon"], "--layerwise_casting and --optimizer muon or adamw8bit need whole weights"),
+        (
+            "FSDP",
+            ["--optimizer=adamw8bit"],
+            "--layerwise_casting and --optimizer muon or adamw8bit need whole weights",
+        ),
+        ("FSDP", ["--optimizer=adamw"], None),
+        ("DEEPSPEED", ["--optimizer=muon"], "--optimizer muon needs matrices, which DeepSpeed flattens"),
+        ("DEEPSPEED", ["--optimizer=adamw8bit"], None),
+        ("MULTI_GPU", ["--optimizer=muon"], None),
+    ],
+)
+def test_optimizers_that_do_not_go_with_a_strategy_are_refused(model, cache, tmp_path, kind, options, says):
+    args = train.parse_args(arguments(model, cache, tmp_path, *FULL, *options))
+    plugin = SimpleNamespace(zero_stage=2)
+    accelerator = SimpleNamespace(
+        distributed_type=train.DistributedType[kind],
+        num_processes=2,
+        is_fsdp2=True,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+    found = train.unsupported(args, accelerator)
+    assert found is None if says is None else found.startswith(says)
 
 
 def test_what_was_learned_outlives_a_validation_that_fails(model, cache, tmp_path, monkeypatch):
