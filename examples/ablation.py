@@ -105,8 +105,12 @@ def check_options(args: argparse.Namespace, runs: Sequence[Run]) -> None:
         train.parse_args(as_arguments(options))
         parser = evaluate.build_parser()
         found = parser.parse_args(as_arguments(evaluate_options(run) | {"model": args.grid["base"]}))
-        found.height, found.width = found.height or 64, found.width or 64
+        evaluate.fill_in(found)
         evaluate.check_arguments(parser, found)
+        try:
+            evaluate.synthetic_suites(found)
+        except ValueError as error:
+            parser.error(str(error))
 
 
 def train_options(run: Run, args: argparse.Namespace) -> dict:
@@ -277,7 +281,8 @@ def report(args: argparse.Namespace, runs: Sequence[Run], known: dict[tuple[str,
     command = shlex.join(map(str, [*command, "--report", args.report]))
     says = {name: row["says"] for name, row in args.grid["rows"].items()}
     args.report.parent.mkdir(parents=True, exist_ok=True)
-    write_outcomes(args.report.with_suffix(".json"), outcomes)
+    others = [outcome for (row, _), outcome in known.items() if row not in names]  # of another grid: none is lost
+    write_outcomes(args.report.with_suffix(".json"), [*outcomes, *others])
     write_report(args.report, ablation, says, tuple(args.grid["claim"]), command, num_missing)
     print(claim_sentence(ablation, *args.grid["claim"]))
     print(f"wrote {args.report} and {args.report.with_suffix('.png')}")

@@ -30,6 +30,7 @@ from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, writ
 
 DEMO_FOLDER = Path("out/demo")
 DEMO_FPS = 16
+FULL = "; --offload, fewer --num_frames or a smaller --height take less memory"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -111,6 +112,12 @@ def build_parser() -> Parser:
     )
     parser.add_argument("--compare", type=Path, help="also write a .png with frames of source and result over time")
     add_edit_options(parser)
+    add_offload_option(parser)
+    return parser
+
+
+def add_offload_option(parser: Parser) -> None:
+    """The option that [`place`] is given."""
     parser.add_argument(
         "--offload",
         choices=("auto", "none", "model", "group"),
@@ -118,7 +125,6 @@ def build_parser() -> Parser:
         help="what rests in host memory: model, the parts that are not running; group, all but the layers that are;"
         " auto, model on GPUs that the weights would fill by more than 70 %%, group where the largest part would",
     )
-    return parser
 
 
 def check_file(parser: Parser, option: str, path: Path, suffixes: tuple[str, ...]) -> None:
@@ -178,8 +184,12 @@ def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
     if args.lora is not None:
         with loading(parser, "--lora", args.lora):
             pipe.load_lora_weights(args.lora)
+    place(pipe, device, args.offload)
+    return pipe
 
-    offload = args.offload
+
+def place(pipe: RVEDiTPipeline, device: torch.device, offload: str) -> None:
+    """Put a pipeline on a device, or where its parts rest until they run."""
     if offload == "auto":
         models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         sizes = [sum(parameter.nbytes for parameter in model.parameters()) for model in models]
@@ -191,7 +201,6 @@ def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
         pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
     else:
         pipe.to(device)
-    return pipe
 
 
 def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames, prompt: str, fps: float):
@@ -215,8 +224,7 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:  # torch's errors of memory are RuntimeErrors
         is_full = isinstance(error, torch.OutOfMemoryError)
-        hint = "; --offload, fewer --num_frames or a smaller --height take less memory" if is_full else ""
-        parser.error(f"the edit failed: {first_line(error)}{hint}")
+        parser.error(f"the edit failed: {first_line(error)}{FULL if is_full else ''}")
 
 
 @contextmanager

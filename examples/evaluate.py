@@ -31,7 +31,18 @@ import torch
 import transformers
 from accelerate import PartialState
 from diffusers import AutoencoderKLWan
-from edit_video import DTYPES, Parser, check_weights, count, natural, scale
+from edit_video import (
+    DTYPES,
+    FULL,
+    Parser,
+    add_offload_option,
+    check_weights,
+    count,
+    first_line,
+    natural,
+    place,
+    scale,
+)
 from tqdm import tqdm
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
@@ -45,6 +56,7 @@ from rvedit_diffusers.evaluation import (
     Task,
     VaeCeiling,
     check_sources,
+    configs_hash,
     figures_of,
     format_table,
     is_scored,
@@ -77,6 +89,8 @@ from rvedit_diffusers.synthetic.levels import DRAWN as LEVELS_DRAWN
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL
 
 
+# What is scored with three operations is compared with so many renderings; all workers share the memory, in bytes.
+RENDERINGS, SCORING_MEMORY = 300, 16 * 2**30
 GUARD_ROWS = ("copy-source", "vae-ceiling")
 EDITS_SEED = 5_000_000  # of single edits: training and its validation use seeds far below
 SYNTHETIC_COLUMNS = {
@@ -125,6 +139,7 @@ def build_parser() -> Parser:
     parser.add_argument("--width", type=count, help="likewise")
     parser.add_argument("--device", help="default: a GPU, if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on cuda, otherwise float32")
+    add_offload_option(parser)
     synthetic = parser.add_argument_group("--benchmark synthetic")
     kinds = synthetic.add_mutually_exclusive_group()
     kinds.add_argument("--levels", type=levels, help="some of L0,...,L6,OOD, with commas; default: all")
@@ -148,6 +163,12 @@ def build_parser() -> Parser:
     public.add_argument("--data", type=Path, help="folder of the benchmark")
     public.add_argument("--limit", type=count, help="the first so many edits")
     return parser
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """The size of the procedural benchmark's clips; those of others are as they are."""
+    if args.benchmark == "synthetic":
+        args.num_frames, args.height, args.width = args.num_frames or 17, args.height or 64, args.width or 64
 
 
 def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
@@ -174,6 +195,8 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--{option} is not for --benchmark {args.benchmark}")
     if args.unseen_photos and args.operations is None:
         parser.error("--unseen_photos is for --operations: the levels always show photographs never trained on")
+    if is_public and args.num_frames == 1:
+        parser.error("--num_frames has to be at least 2: what is scored is a clip")
     if not is_public and (args.height % 16 or args.width % 16):
         parser.error(f"--height {args.height} --width {args.width}: both have to be divisible by 16")
     if args.kinds is not None:
@@ -216,7 +239,7 @@ def settings_before_loading(args: argparse.Namespace, dtype: str) -> dict:
             "seed": args.seed,
             "split": "test" if is_levels or args.unseen_photos else "train",
             "drawn": f"levels {LEVELS_DRAWN}" if is_levels else f"edits {EDITS_DRAWN}",
-        } | ({"kinds": sorted(set(args.kinds))} if args.kinds else {})
+        } | ({"kinds": sorted(args.kinds)} if args.kinds else {})
     return settings
 
 
@@ -228,6 +251,7 @@ def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         settings = {"vae": model_name(name), "weights": weights_hash({"vae": vae})}
         return CopySource() if args.model == "copy-source" else VaeCeiling(vae), vae, settings
     pipe = RVEDiTPipeline.from_pretrained(args.model, dtype=dtype)
+    settings = {"configs": configs_hash(pipe)}
     if args.lora is not None:
         pipe.load_lora_weights(args.lora)
     pipe.set_progress_bar_config(disable=True)
@@ -236,8 +260,9 @@ def load_editor(args: argparse.Namespace, device: torch.device, dtype: torch.dty
         "num_inference_steps": args.num_inference_steps or pipe.config.default_num_inference_steps,
         "guidance_scale": pipe.config.default_guidance_scale if args.guidance_scale is None else args.guidance_scale,
     }
-    settings = {"weights": weights_hash(modules), "keep_detail": pipe.config.default_keep_detail} | options
-    return PipelineEditor(pipe.to(device), **options, height=args.height, width=args.width), pipe.vae, settings
+    settings |= {"weights": weights_hash(modules), "keep_detail": pipe.config.default_keep_detail} | options
+    place(pipe, device, args.offload)
+    return PipelineEditor(pipe, **options, height=args.height, width=args.width), pipe.vae, settings
 
 
 def run_synthetic(args, suites, editor, vae, record: ScoreRecord, state: PartialState) -> None:
@@ -245,7 +270,9 @@ def run_synthetic(args, suites, editor, vae, record: ScoreRecord, state: Partial
     state.wait_for_everyone()  # all share out the same rounds
     num_workers = args.num_workers
     if num_workers is None:
-        num_workers = min(8, os.cpu_count() // state.num_processes) if vae.device.type == "cuda" else 0
+        most = SCORING_MEMORY // (RENDERINGS * args.num_frames * args.height * args.width * 3)
+        most = min(8, max(most, 1), os.cpu_count()) // state.num_processes
+        num_workers = most if state.device.type == "cuda" and args.device != "cpu" else 0
     pool = ProcessPoolExecutor(num_workers, get_context("spawn")) if num_workers else nullcontext()
     wanted = [(suite, index) for suite in suites for index in range(args.num_samples)]
 
@@ -318,8 +345,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 1. All that can be wrong before a model is loaded
     is_public = args.benchmark != "synthetic"
-    if not is_public:
-        args.num_frames, args.height, args.width = args.num_frames or 17, args.height or 64, args.width or 64
+    fill_in(args)
     check_arguments(parser, args)
     is_on_cpu = args.device == "cpu" or not torch.cuda.is_available()
     state = PartialState(cpu=is_on_cpu, timeout=timedelta(hours=12))
@@ -351,13 +377,17 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--model {args.model}: {error}")
 
     # 3. Edits and scores, then what they amount to
-    if is_public:
-        try:
+    try:
+        if is_public:
             run_public(args, edits, editor, record, state)
-        except ValueError as error:
-            parser.error(str(error))
-    else:
-        run_synthetic(args, suites, editor, vae, record, state)
+        else:
+            run_synthetic(args, suites, editor, vae, record, state)
+    except torch.OutOfMemoryError as error:
+        parser.error(f"an edit failed: {first_line(error)}{FULL}")
+    except ValueError as error:
+        if not is_public:
+            raise
+        parser.error(str(error))
     state.wait_for_everyone()
     if state.is_main_process:
         if is_public:

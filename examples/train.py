@@ -28,7 +28,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_object_list, send_to_device
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm import tqdm
@@ -40,7 +40,14 @@ from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss, velo
 from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, TRAIN_LEVELS, BenchmarkItems, SyntheticEdits
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL
-from rvedit_diffusers.training.adapters import LORA_TARGETS, add_lora, offload_frozen_weights, store_in_fp8
+from rvedit_diffusers.training.adapters import (
+    LORA_TARGETS,
+    SOURCE_TARGET,
+    add_lora,
+    lora_targets,
+    offload_frozen_weights,
+    store_in_fp8,
+)
 from rvedit_diffusers.training.branches import (
     ALIGNMENT_LOSSES,
     CONTRASTIVE_LOSSES,
@@ -91,6 +98,8 @@ OF_STAGE_EDIT = (
     " align_reference_latents align_reference_tokens align_negatives align_every align_warmup_steps align_stop_step"
     " operations edits_per_scene levels kinds distill_steps distill_substeps distill_guidance_scale"
 ).split()
+SYNTHETIC_BUCKET = "17x64x64"
+LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
 # What EditingBranches is told of it.
 ALIGNMENT = (
     "align_blocks align_loss align_temperature align_reference_latents align_reference_tokens align_negatives".split()
@@ -132,7 +141,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for name in ("source", "edited", "instruction"):
         group.add_argument(f"--{name}_column", help="name of this column; default: that of --columns")
     group.add_argument(
-        "--buckets", default="17x64x64", help="frames x height x width, several with commas; a pair goes to its best"
+        "--buckets",
+        help="frames x height x width, such as 81x480x832, several with commas: a pair goes to its best; default for"
+        f" `synthetic`: {SYNTHETIC_BUCKET}",
     )
     group.add_argument("--fps", type=Fraction, help="frames per second of all clips; default: the lower of a pair's")
     group.add_argument("--strict", action="store_true", help="end if a pair has to be dropped")
@@ -167,7 +178,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--lora_rank", type=int, default=32)
     group.add_argument("--lora_alpha", type=float, help="default: the rank")
     group.add_argument("--lora_dropout", type=float, default=0.0)
-    group.add_argument("--lora_targets", nargs="+", default=list(LORA_TARGETS), help="names of linear layers")
+    group.add_argument(
+        "--lora_targets",
+        nargs="+",
+        help=f"names of layers; default: {' '.join(LORA_TARGETS)}, and {SOURCE_TARGET} of a converted model, where it"
+        " is zero",
+    )
     group.add_argument(
         "--train_distiller",
         nargs="?",
@@ -186,7 +202,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--optimizer_args", type=json.loads, default={}, help="further arguments of it, as JSON")
     group.add_argument("--learning_rate", type=float, help="default: 1e-4; 1e-5 in full training")
     group.add_argument("--weight_decay", type=float, default=0.01)
-    group.add_argument("--lr_scheduler", choices=[s.value for s in SchedulerType], default="constant_with_warmup")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup")
     group.add_argument("--lr_warmup_steps", type=int, default=100)
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip")
     group.add_argument("--max_nonfinite", type=int, default=10, help="skipped steps in a row after which to end")
@@ -292,12 +308,6 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if not (Path(args.model) / "model_index.json").is_file():
         if Path(args.model).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", args.model):
             parser.error(f"--model has to be a pipeline, but {args.model} is no folder with a model_index.json")
-    try:
-        args.buckets = parse_buckets(args.buckets)
-    except ValueError as error:
-        parser.error(str(error))
-    if args.train_data == "synthetic" and len(args.buckets) > 1:
-        parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
     if args.levels is not None:
         for name in ("operations", "edits_per_scene"):
             if getattr(args, name) != parser.get_default(name):
@@ -311,6 +321,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             BenchmarkItems(args.levels, 0, split="train", kinds=args.kinds)
         except ValueError as error:
             parser.error(f"--kinds: {error}")
+    if args.buckets is None and args.train_data != "synthetic":
+        parser.error("--buckets is required for --train_data of one's own: the size to train at, such as 81x480x832")
+    try:
+        args.buckets = parse_buckets(args.buckets or SYNTHETIC_BUCKET)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.train_data == "synthetic" and len(args.buckets) > 1:
+        parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
     if args.distill_steps is not None and args.stage == "edit":
         check_distillation(parser, args)
     elif args.distill_steps is None:
@@ -334,6 +352,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
 
     is_edit = args.stage == "edit"
     args.columns = args.columns or ("default" if is_edit else "captions")
+    if not is_edit:
+        args.edited_column = args.edited_column or args.source_column  # one clip a row
     for name, column in zip(("source", "edited", "instruction"), PRESETS[args.columns], strict=True):
         if getattr(args, f"{name}_column") is None:
             setattr(args, f"{name}_column", column)
@@ -404,6 +424,14 @@ def aligns_with_next(args: argparse.Namespace) -> bool:
     return needs_next_sample(args.align_loss, args.align_reference_tokens, args.align_negatives)
 
 
+def columns_of(args: argparse.Namespace) -> tuple[str, str, str]:
+    return args.source_column, args.edited_column, args.instruction_column
+
+
+def check_table(args: argparse.Namespace, data: str) -> None:
+    read_pairs(data, *columns_of(args), data_root=args.data_root)
+
+
 def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
     """The pairs that `data` names; prints what was kept, trimmed and dropped."""
     for bucket in args.buckets:
@@ -418,8 +446,7 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
             args.data_seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
         )
         return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps), captioned=args.stage == "connect")
-    columns = (args.source_column, args.edited_column, args.instruction_column)
-    pairs = read_pairs(data, *columns, data_root=args.data_root)
+    pairs = read_pairs(data, *columns_of(args), data_root=args.data_root)
     record = args.cache_dir / "files.jsonl"
     plans, dropped = plan_pairs(pairs, args.buckets, args.fps, record=record)
     print(describe_plans(plans, dropped))
@@ -571,6 +598,9 @@ def main(argv: list[str] | None = None) -> None:
         return result
 
     # 1. Pairs, encoded once by the frozen parts
+    for data in (args.train_data, args.validation_data):
+        if data not in (None, "synthetic"):
+            of_main_process(check_table, args, data)  # before any model is downloaded or read
     is_edit, is_lora, is_live = args.stage == "edit", args.training_type == "lora", args.train_distiller == "all"
     half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     text_dtype = torch.float32 if args.train_text_encoder else half
@@ -580,9 +610,11 @@ def main(argv: list[str] | None = None) -> None:
         transformer_config = RVEDiTTransformer3DModel.load_config(base, subfolder="transformer")
         with torch.device("meta"):  # what cannot be built is found out before anything is loaded or encoded
             skeleton = RVEDiTTransformer3DModel.from_config(transformer_config)
-            if is_lora:
+            if args.training_type != "full":
                 for parameter in skeleton.parameters():
                     parameter.data = parameter.data.to(half)
+            if is_lora:
+                args.lora_targets = lora_targets(base / "transformer", args.lora_targets)
                 add_lora(skeleton, args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets)
             if is_edit:
                 alignment = {name: getattr(args, name) for name in ALIGNMENT}
@@ -591,6 +623,12 @@ def main(argv: list[str] | None = None) -> None:
                 config = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")
                 skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
+        if args.distill_steps is not None and not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+            name = type(pipe.scheduler).__name__
+            raise ValueError(
+                "--distill_steps learns the steps of a FlowMatchEulerDiscreteScheduler, but the pipeline has a"
+                f" {name}: save it with one of the same shift"
+            )
     except Exception as error:  # files, the network and the Hub's client fail in many ways
         fail(f"--model {args.model}: {error}", 2)
     pipe.set_progress_bar_config(disable=True)
@@ -606,7 +644,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.dry_run:
         if main_process:
-            print(describe_needs(args, pipe, skeleton, pairs, draws, tokens, text))
+            print(describe_needs(args, base, pipe, skeleton, pairs, draws, tokens, text))
         return
     if args.push_to_hub:
         of_main_process(make_repository, args)
@@ -655,7 +693,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.gradient_checkpointing:
         pipe.transformer.enable_gradient_checkpointing()
     if is_live:
-        pipe.mllm.requires_grad_(False)
+        pipe.mllm.to(device).requires_grad_(False)  # no part of the branches
         if args.gradient_checkpointing:
             pipe.mllm.train()
             pipe.mllm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -707,7 +745,12 @@ def main(argv: list[str] | None = None) -> None:
     step, spent, nonfinite, nonfinite_in_a_row = 0, 0.0, 0, 0
     if args.resume_from_checkpoint is not None:
         state = load_checkpoint(args.resume_from_checkpoint, modules, branches.heads, optimizer, ema, averages, engine)
+        rates = scheduler.base_lrs  # of this run: a checkpoint's go with the settings that it was begun with
         scheduler.load_state_dict(state["lr_scheduler"])
+        scheduler.base_lrs = rates
+        scheduler._last_lr = [
+            rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
+        ]
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         step, spent, nonfinite = state["step"], state["seconds"], state["nonfinite"]
@@ -815,7 +858,7 @@ def main(argv: list[str] | None = None) -> None:
     for batch in batches:
         if step >= args.max_train_steps:
             break
-        is_aligned = step % args.align_every == 0 and step < (args.align_stop_step or math.inf)
+        is_aligned = step % args.align_every == 0 and (args.align_stop_step is None or step < args.align_stop_step)
         if is_edit and not (args.align_weight > 0 and is_aligned):
             del batch["align_positions"]
         batch = send_to_device(batch, device, non_blocking=True)

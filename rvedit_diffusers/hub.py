@@ -55,7 +55,7 @@ def write_code(folder: str | Path, code: str) -> None:
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     index["_class_name"] = ["pipeline", PIPELINE_CLASS]
     for name in CODE_COMPONENTS:
-        if index[name][1] is not None:
+        if name in index and index[name][1] is not None:
             index[name] = ["rvedit_diffusers", index[name][1]]
             (folder / name / "rvedit_diffusers.py").write_text(COMPONENT_CODE, encoding="utf-8")
     (folder / "pipeline.py").write_text(code, encoding="utf-8")
@@ -263,7 +263,7 @@ def check_folder(folder: str | Path) -> str:
     if not is_pipeline(index):
         raise ValueError(f"{folder / 'model_index.json'} has to be of an {PIPELINE_CLASS}.")
     if isinstance(index["_class_name"], list):
-        places = [folder / name / "rvedit_diffusers.py" for name in CODE_COMPONENTS if index[name][1] is not None]
+        places = [folder / name / "rvedit_diffusers.py" for name in CODE_COMPONENTS if index.get(name, [None])[-1]]
         if missing := [path for path in (folder / "pipeline.py", *places) if not path.is_file()]:
             raise ValueError(f"{missing[0]} is missing, but model_index.json says that the code goes along.")
     for name, value in index.items():

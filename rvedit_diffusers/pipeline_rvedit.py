@@ -18,6 +18,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils import replace_example_docstring
 from diffusers.utils.torch_utils import get_module_execution_device, is_compiled_module, randn_tensor
 from diffusers.video_processor import VideoProcessor
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from .clips import is_count, load_clips, resize_frames, transfer_edit
@@ -101,6 +102,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
     """
 
     model_cpu_offload_seq = "text_encoder->mllm->distiller->transformer->vae"
+    _optional_components = ["tokenizer", "text_encoder", "processor", "mllm", "distiller"]  # embeddings stand for them
     _callback_tensor_inputs = [
         "latents",
         "source_latents",
@@ -1171,7 +1173,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if sigmas is None:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         else:
-            self.scheduler.set_timesteps(sigmas=[float(sigma) for sigma in sigmas], device=device)
+            # UniPC takes arrays alone
+            self.scheduler.set_timesteps(sigmas=np.array([float(sigma) for sigma in sigmas]), device=device)
         timesteps = self.scheduler.timesteps
         missing = self._missing_tokens(edit_embeds, visual_embeds)
         mllm_inputs = negative_mllm_inputs = None
@@ -1327,10 +1330,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     callback_kwargs = {}
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
+                    adapters = _adapters_of(self.transformer)
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
 
                     latents = callback_outputs.pop("latents", latents)
-                    if callback_outputs:  # of other tokens, or another source
+                    # of other tokens, another source or other weights
+                    if callback_outputs or _adapters_of(self.transformer) != adapters:
                         contexts.clear()
                     source_latents = callback_outputs.pop("source_latents", source_latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
@@ -1416,6 +1421,15 @@ def merge_padding(text: torch.Tensor | None, length: int | None) -> tuple[torch.
     mask = text.new_zeros(len(text), length)
     mask[:, -3:] = torch.stack(shares).to(text.device)
     return text[:, :length], mask
+
+
+def _adapters_of(transformer: torch.nn.Module) -> list[tuple]:
+    # Which adapters of each layer are active, how strongly, and which are merged into it.
+    layers = (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
+    return [
+        (list(layer.active_adapters), layer.disable_adapters, list(layer.merged_adapters), dict(layer.scaling))
+        for layer in layers
+    ]
 
 
 def _repeat(rows: torch.Tensor, num_outputs: int) -> torch.Tensor:

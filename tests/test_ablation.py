@@ -269,11 +269,11 @@ def test_other_weights_of_the_base_are_refused(grid, finished, base, tmp_path, c
 
 def test_rows_words_and_seeds_may_be_added(grid, finished, tmp_path):
     output = shutil.copytree(finished[0], tmp_path / "grid")
-    more = {"uniform": grid["rows"]["uniform"] | {"says": "the same"}, "routed": grid["rows"]["routed"]}
+    more = {"uniform": grid["rows"]["uniform"] | {"says": "word for word"}, "routed": grid["rows"]["routed"]}
     more |= {"third": {"says": "another"}}
     run(grid | {"rows": more, "seeds": [0]}, output, "--report_only")
     text = (output / "ablation.md").read_text()
-    assert "still to be made: 1." in text and "the same" in text and "| 0, 1 |" in text
+    assert "still to be made: 1." in text and "word for word" in text and "| 0, 1 |" in text
 
 
 def test_the_file_beside_the_report_stands_for_the_runs(grid, finished, tmp_path, capsys):
@@ -303,6 +303,25 @@ def test_the_file_beside_the_report_stands_for_the_runs(grid, finished, tmp_path
     assert "does not hold the runs of an ablation" in capsys.readouterr().err
 
 
+def test_runs_of_rows_that_the_config_lacks_stay_in_the_file(grid, finished, tmp_path):
+    page = Path(shutil.copy(finished[0] / "ablation.json", tmp_path)).with_suffix(".md")
+    rows = {"uniform": grid["rows"]["uniform"], "third": {"says": "another", "train": {"align_weight": 0.5}}}
+    run(grid | {"rows": rows, "claim": ["third", "uniform"]}, tmp_path / "grid", "--report", page, "--report_only")
+    assert "routed" not in page.read_text()
+    names = [entry["row"] for entry in json.loads(page.with_suffix(".json").read_text())["runs"]]
+    assert sorted(names) == ["routed", "routed", "uniform", "uniform"]
+
+
+def test_options_that_a_grid_leaves_out_are_those_of_the_script(grid, tmp_path):
+    config = tmp_path / "grid.json"
+    few = {name: value for name, value in grid["train"].items() if name not in ("buckets", "max_train_steps")}
+    config.write_text(json.dumps(grid | {"train": few}))
+    found = ablation.read_grid(config)["train"]
+    parsed = train.parse_args(["--model", str(TINY_CHECKPOINT), "--output", str(tmp_path / "out")])
+    assert [found["buckets"]] == [str(bucket) for bucket in parsed.buckets]
+    assert found["max_train_steps"] == parsed.max_train_steps
+
+
 def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):
     with open(finished[0] / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -316,6 +335,7 @@ def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):
     [
         ({"rows": {}}, "`baseline` 'uniform' is no row"),
         ({"seeds": [0, "1"]}, "`seeds` has to hold integers, not '1'"),
+        ({"seeds": []}, "`seeds` is empty"),
         ({"steps": 3}, "`steps` is unknown"),
         ({"claim": ["routed"]}, "`claim` has to be two rows"),
         ({"claim": None}, "`claim` has to be a list"),
@@ -335,11 +355,16 @@ def test_a_folder_is_not_run_twice_at_once(grid, finished, capsys):
         ({"train": {"max_train_steps": 2, "align_wait": 1}}, "align_wait"),
         ({"evaluate": {"levels": ["L2"]}}, "`evaluate` has to have the levels L3, L4, L5, L6"),
         ({"evaluate": {"levels": LEVELS, "height": 40}}, "--height 40"),
+        ({"evaluate": {"levels": LEVELS, "num_frames": 1}}, "`num_frames` has to be at least 2"),
         ({"rows": {"uniform": {}, "routed": {"says": ""}}}, "`rows` 'uniform' has to say what it is"),
         ({"rows": {"uniform": {"says": ""}, "routed": {"says": "", "seed": 1}}}, "`rows` 'routed' has unknown 'seed'"),
         (
             {"rows": {"uniform": {"says": ""}, "routed": {"says": "", "train": {"num_pairs": 8}}}},
             "`rows.routed.train` may not set `num_pairs`",
+        ),
+        (
+            {"rows": {"uniform": {"says": ""}, "routed": {"says": "", "train": {"kinds": ["move"]}}}},
+            "`rows.routed.train` may not set `kinds`",
         ),
         (
             {"rows": {"uniform": {"says": ""}, "routed": {"says": "", "transformer": {"ffn_dim": 8}}}},

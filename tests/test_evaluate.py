@@ -36,6 +36,7 @@ from rvedit_diffusers.evaluation import (  # noqa: E402
 )
 from rvedit_diffusers.evaluation.report import resampled_means  # noqa: E402
 from rvedit_diffusers.synthetic import BenchmarkItems, SyntheticEdits  # noqa: E402
+from rvedit_diffusers.training.sampler import generator  # noqa: E402
 
 
 SIZE = ("--num_frames=5", "--height=32", "--width=32")
@@ -118,8 +119,12 @@ def test_an_edit_depends_on_its_name_and_not_on_its_batch(shared_pipe):
 
 def test_an_edit_at_another_size_comes_back_at_the_sources(shared_pipe):
     editor = PipelineEditor(shared_pipe, num_inference_steps=1, height=32, width=32)
-    (edited,) = editor([Task("a", make_clip(5, 40, 50), "make it red", fps=12.0)])
+    clip = make_clip(5, 40, 50)
+    (edited,) = editor([Task("a", clip, "make it red", fps=12.0)])
     assert edited.shape == (5, 40, 50, 3)
+    options = {"num_inference_steps": 1, "height": 32, "width": 32, "keep_size": True, "fps": 12.0}
+    expected = shared_pipe(clip, "make it red", generator=generator("evaluation", "a"), **options).frames[0]
+    np.testing.assert_allclose(edited / 255, expected, atol=0.01)
 
 
 def test_the_hash_is_that_of_the_weights():
@@ -148,6 +153,13 @@ def test_cut_lines_are_passed_over_and_later_ones_count(tmp_path):
     ScoreRecord(tmp_path, rank=3).append([{"id": "c", "value": float("inf")}])
     record.append([{"id": "a", "value": 2}])
     assert record.entries() == {"a": {"id": "a", "value": 2}, "c": {"id": "c", "value": None}}
+
+
+def test_what_another_process_scores_later_counts(tmp_path):
+    first, second = ScoreRecord(tmp_path), ScoreRecord(tmp_path, rank=1)
+    second.append([{"id": "a", "value": 1}])
+    first.append([{"id": "a", "value": 2}])
+    assert first.entries() == {"a": {"id": "a", "value": 2}}
 
 
 def test_other_settings_are_named(tmp_path):
@@ -335,6 +347,32 @@ def test_other_weights_under_the_same_name_are_refused(run, copied, model, tmp_p
     assert "begun with weights" in capsys.readouterr().err
 
 
+def test_another_configuration_of_the_same_weights_is_refused(run, copied, tmp_path, capsys):
+    pipe = build_pipeline()
+    pipe.register_modules(scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, shift=7.0))
+    pipe.save_pretrained(tmp_path / "run" / "pipeline")
+    with pytest.raises(SystemExit):
+        run(f"--model={tmp_path / 'run' / 'pipeline'}", f"--output={copied}", *LEVELS)
+    assert "begun with configs" in capsys.readouterr().err
+
+
+def test_a_full_gpu_is_told_with_what_helps(run, model, tmp_path, monkeypatch, capsys):
+    def fill(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate.PipelineEditor, "__call__", fill)
+    with pytest.raises(SystemExit):
+        run(f"--model={model}", f"--output={tmp_path / 'new'}", *LEVELS)
+    assert "CUDA out of memory; --offload" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("offload", ["model", "group"])
+def test_offloaded_parts_score_the_same(run, copied, model, tmp_path, offload):
+    run(f"--model={model}", f"--output={tmp_path / 'new'}", *LEVELS, f"--offload={offload}")
+    found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "new", copied))
+    assert found == expected
+
+
 @pytest.fixture(scope="module")
 def guard_rows(tmp_path_factory):
     """Results of the guard rows by name, with the embedded checkpoint's autoencoder."""
@@ -422,6 +460,7 @@ def test_lora_weights_are_added(run, model, tmp_path):
         (["--limit=3"], "--limit is not for --benchmark synthetic"),
         (["--data=empty"], "--data is not for --benchmark synthetic"),
         (["--benchmark=five"], "--data: the folder of the benchmark five is missing"),
+        (["--benchmark=five", "--data=empty", "--num_frames=1"], "--num_frames has to be at least 2"),
         (["--benchmark=five", "--data=empty", "--levels=L1"], "--levels is not for --benchmark five"),
         (["--benchmark=five", "--data=empty"], "there is no file empty/edit_prompt/edit1_FiVE.json"),
         (["--benchmark=five", "--data=empty", "--model=vae-ceiling"], "--model vae-ceiling needs true edits"),

@@ -12,6 +12,7 @@ from bases import WAN_FAMILIES, save_qwen, save_wan
 from components import make_clip
 from hub_server import USER, serve
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from test_hub import WAYS, edit_in, hub_at
 
 from rvedit_diffusers import RVEDiTPipeline, write_video
@@ -76,6 +77,8 @@ def way_there(tmp_path_factory):
                 result = {"loaded": edit(pipe, work / "clip.mp4")}
                 pipe.load_lora_weights(output / "lora")
                 result["lora"] = edit(pipe, work / "clip.mp4")
+                layers = load_file(output / "lora" / "pytorch_lora_weights.safetensors")
+                result["source"] = layers["transformer.source_embedding.lora_B.weight"]
                 log = (output / "log.jsonl").read_text().splitlines()
                 result["steps"] = [json.loads(line)["step"] for line in log]
                 push_to_hub.main([str(folder), name, "--remote_code"])
@@ -96,6 +99,7 @@ def test_the_pipeline_edits_and_is_trained(way_there, number):
     assert result["loaded"].shape == (1, 5, 64, 64, 3) and np.isfinite(result["loaded"]).all()
     assert result["steps"] == [1, 2, 3, 4, 5]
     assert np.abs(result["lora"] - result["loaded"]).max() > 1e-3
+    assert result["source"].abs().max() > 0, "the source clip's latents, which the conversion leaves out, are read"
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)

@@ -9,6 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from rvedit_diffusers import RVEDiTPipeline
+from rvedit_diffusers.training import adapters
+from rvedit_diffusers.training.adapters import LORA_TARGETS, lora_targets
 
 
 RANK, ALPHA = 4, 12  # their ratio, 3, shows in every output if it is lost
@@ -107,6 +109,68 @@ def test_added_projections_of_the_visual_tokens_take_lora(pipe, tmp_path):
     fresh = build_pipeline()
     fresh.load_lora_weights(tmp_path)
     assert_same(edit(fresh), edit(pipe))
+
+
+def train_lora(transformer, rank, targets):
+    """Adapters as after a training: none of them is zero."""
+    adapters.add_lora(transformer, rank, targets=targets)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def velocities(pipe):
+    """What the transformer predicts beside two different source clips, all else equal."""
+    config = pipe.transformer.config
+    generator = torch.Generator().manual_seed(0)
+    latents, first, second = torch.randn(3, 1, config.in_channels, 2, 4, 4, generator=generator)
+    text = torch.randn(1, 3, config.text_dim, generator=generator)
+    tokens = torch.randn(1, 3, pipe.distiller.config.dim, generator=generator)
+    with torch.no_grad():
+        return [
+            pipe.transformer(latents, torch.tensor([500.0]), text, tokens, source_hidden_states=source).sample
+            for source in (first, second)
+        ]
+
+
+@pytest.mark.parametrize("rank", [4, 48])
+def test_default_targets_let_a_converted_model_see_the_source(tmp_path, rank):
+    pipe, fresh = build_pipeline(), build_pipeline()
+    for each in (pipe, fresh):
+        torch.nn.init.zeros_(each.transformer.source_embedding.weight)  # as init_from_wan.py leaves it
+    pipe.transformer.save_pretrained(tmp_path / "transformer")
+    assert_same(*velocities(pipe))
+    train_lora(pipe.transformer, rank, lora_targets(tmp_path / "transformer"))
+    assert_different(*velocities(pipe))
+    pipe.save_lora_weights(tmp_path, pipe.transformer)
+    fresh.load_lora_weights(tmp_path)
+    assert_same(velocities(fresh)[1], velocities(pipe)[1])
+    fresh.fuse_lora()
+    fresh.unload_lora_weights()
+    assert_same(velocities(fresh)[1], velocities(pipe)[1])
+
+
+def test_loras_of_converted_models_are_swapped_whatever_their_ranks(tmp_path):
+    pipes = [build_pipeline() for _ in range(3)]
+    for pipe, rank in zip(pipes, (8, 4)):
+        torch.nn.init.zeros_(pipe.transformer.source_embedding.weight)
+        train_lora(pipe.transformer, rank, [*LORA_TARGETS, "source_embedding"])
+        pipe.save_lora_weights(tmp_path / str(rank), pipe.transformer)
+    torch.nn.init.zeros_(pipes[2].transformer.source_embedding.weight)
+    for rank, pipe in zip((8, 4), pipes):
+        pipes[2].load_lora_weights(tmp_path / str(rank), adapter_name="only", hotswap=rank == 4)
+        assert_same(velocities(pipes[2])[1], velocities(pipe)[1])
+
+
+def test_adapters_that_leave_the_model_blind_are_refused(pipe, tmp_path):
+    pipe.transformer.save_pretrained(tmp_path / "seeing")
+    torch.nn.init.zeros_(pipe.transformer.source_embedding.weight)
+    pipe.transformer.save_pretrained(tmp_path / "blind")
+    assert lora_targets(tmp_path / "seeing") == list(LORA_TARGETS)
+    assert lora_targets(tmp_path / "seeing", ["to_q"]) == ["to_q"]
+    assert lora_targets(tmp_path / "blind") == [*LORA_TARGETS, "source_embedding"]
+    with pytest.raises(ValueError, match=r"`lora_targets` has to name source_embedding.*got \['to_q'\]"):
+        lora_targets(tmp_path / "blind", ["to_q"])
 
 
 def test_adapter_is_chosen_by_name(pipe, tmp_path):

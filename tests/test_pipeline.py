@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_dispatch import attention_backend
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTPipelineOutput, read_video, write_video
@@ -676,6 +677,28 @@ def test_text_of_the_callback_is_merged_anew(pipe, clip):
     torch.testing.assert_close(changed, plain, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("change", ["disable_lora", "set_adapters"])
+def test_adapters_that_the_callback_changes_count_for_what_is_reused(pipe, clip, change):
+    config = LoraConfig(r=2, target_modules=["to_k", "to_v", "source_embedding"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(config)
+
+    def callback(pipe, step, timestep, kwargs):
+        if step == 0:
+            getattr(pipe, change)(*["default", 0.3] * (change == "set_adapters"))
+        return {}
+
+    start = copy.deepcopy(pipe.transformer)
+    edits = []
+    for reuse_context in (True, False):
+        pipe.transformer = copy.deepcopy(start)
+        edits.append(edit(pipe, clip, callback_on_step_end=callback, reuse_context=reuse_context))
+    pipe.transformer = start
+    torch.testing.assert_close(*edits, atol=1e-5, rtol=0)
+    assert not torch.allclose(edits[0], edit(pipe, clip), atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("text_len, length", [(512, 64), (513, 512), (226, 128), (70, 64)])
 def test_merged_padding_stands_for_all_of_it(dtype, text_len, length):
@@ -784,7 +807,8 @@ def test_loop_reads_no_tensor_values(shared_pipe, clip):
     assert len(counts) == 3 and counts[0] == counts[2]
 
 
-def test_unipc_scheduler_integrates_the_flow(pipe, clip):
+@pytest.mark.parametrize("sigmas", [None, [1.0, 0.7, 0.2]])
+def test_unipc_scheduler_integrates_the_flow(pipe, clip, sigmas):
     # Of order 1 and without its corrector UniPC takes Euler's steps.
     pipe.scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction",
@@ -796,12 +820,15 @@ def test_unipc_scheduler_integrates_the_flow(pipe, clip):
     latents = torch.randn(1, 16, 2, 4, 4, generator=generator())
     kwargs = {"guidance_scale": 1.0, "latents": latents, "output_type": "latent"}
     conditions = conditions_of(pipe, clip, guidance_scale=1.0)
-    result = edit(pipe, clip, num_inference_steps=3, **kwargs)
+    result = edit(pipe, clip, num_inference_steps=3, sigmas=sigmas, **kwargs)
 
-    sigmas, timesteps = pipe.scheduler.sigmas, pipe.scheduler.timesteps
+    levels, timesteps = pipe.scheduler.sigmas, pipe.scheduler.timesteps
+    if sigmas is not None:
+        wanted = torch.tensor([*sigmas, 0.0])
+        torch.testing.assert_close(levels, 3 * wanted / (1 + 2 * wanted), atol=2e-6, rtol=0)
     for step in range(3):
         flow = velocity(pipe, latents, timesteps[step], conditions, "", conditions["source_latents"])
-        latents = latents + (sigmas[step + 1] - sigmas[step]) * flow
+        latents = latents + (levels[step + 1] - levels[step]) * flow
     torch.testing.assert_close(result, latents, atol=1e-4, rtol=1e-4)
 
 
@@ -973,8 +1000,12 @@ def test_load_without_the_encoders(pipe, clip, tmp_path):
     with torch.no_grad():
         prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(PROMPT)
     embeds = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-    result = edit(loaded, clip, prompt=None, **embeds, **tokens_of(pipe, clip))
-    torch.testing.assert_close(result, edit(pipe, clip), atol=1e-6, rtol=0)
+    loaded.save_pretrained(tmp_path / "lighter")
+    again = RVEDiTPipeline.from_pretrained(tmp_path / "lighter")
+    again.set_progress_bar_config(disable=True)
+    for each in (loaded, again):
+        result = edit(each, clip, prompt=None, **embeds, **tokens_of(pipe, clip))
+        torch.testing.assert_close(result, edit(pipe, clip), atol=1e-6, rtol=0)
 
 
 def test_from_pipe(pipe, clip):

@@ -170,6 +170,24 @@ def test_ivebench_is_read_with_clips_and_with_frames(data):
     assert read_benchmark("ivebench", folder / "short.json") == edits
 
 
+def test_clips_that_lie_in_two_places_are_refused(data, run, capsys):
+    folder = data("ivebench")
+    save_frames(folder / "out" / "results" / "b_dog", make_clip(6))  # what another model made
+    with pytest.raises(SystemExit):
+        run("ivebench", folder)
+    message = capsys.readouterr().err
+    assert "short.json row 2" in message
+    assert all(str(folder / place / "b_dog") in message for place in ("frames", "out/results"))
+
+
+def test_openves_paths_may_begin_beside_its_folder(data):
+    folder = data("openve")
+    expected = [edit.source for edit in read_benchmark("openve", folder)]
+    table = folder / "benchmark_videos.csv"
+    table.write_text(table.read_text(encoding="utf-8-sig").replace("videos/", f"{folder.name}/videos/"))
+    assert [edit.source for edit in read_benchmark("openve", folder)] == expected
+
+
 def test_five_is_read_with_its_masks(data):
     folder = data("five")
     edits = read_benchmark("five", folder)

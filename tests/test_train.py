@@ -348,10 +348,12 @@ def test_connecting_changes_the_queries_and_the_editing_tokens_connector_alone(m
         assert_equal(model / name, tmp_path / "pipeline" / name)
 
 
-def test_captioned_clips_are_read_from_a_table_of_clips(model, tmp_path, capsys):
+@pytest.mark.parametrize("names, given", [("video,caption", ()), ("file_name,text", ("file_name", "text"))])
+def test_captioned_clips_are_read_from_a_table_of_clips(model, tmp_path, capsys, names, given):
     write_video(tmp_path / "clip.mp4", make_clip(12), fps=8)
-    (tmp_path / "metadata.csv").write_text("video,caption\nclip.mp4,a red square\nclip.mp4,a square\n")
+    (tmp_path / "metadata.csv").write_text(f"{names}\nclip.mp4,a red square\nclip.mp4,a square\n")
     options = ("--max_train_steps=1", f"--train_data={tmp_path}", "--num_validation_pairs=1", "--train_batch_size=1")
+    options += tuple(f"--{name}_column={column}" for name, column in zip(("source", "instruction"), given))
     run(model, tmp_path / "cache", tmp_path / "out", *options, *QUIET, *CONNECT)
     assert "1 pairs to train on, 1 to validate on" in capsys.readouterr().out
 
@@ -366,6 +368,21 @@ def test_the_estimate_of_connecting_counts_the_distiller(model, tmp_path, capsys
     )
     line = next(line for line in output.splitlines() if line.startswith("optimizer"))
     assert float(line.split()[1]) == pytest.approx(2 * size / 2**20, abs=0.01)
+    size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
+    line = next(line for line in output.splitlines() if line.startswith("pipeline"))
+    assert float(line.split()[1]) == pytest.approx(size / 2**20, abs=0.01)
+
+
+def test_what_does_not_learn_is_counted_at_half_size_when_connecting(model, tmp_path, capsys):
+    sizes = []
+    for precision in ("no", "bf16"):
+        options = ("--dry_run", f"--mixed_precision={precision}", *QUIET, *CONNECT)
+        train.main(arguments(model, tmp_path / "cache", tmp_path / "out", *options))
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("weights"))
+        sizes.append(float(line.split()[1]))
+        AcceleratorState._reset_state(reset_partial_state=True)
+    size = sum(tensor.nbytes for name, tensor in tensors(model / "transformer").items())
+    assert sizes[0] - sizes[1] == pytest.approx(size / 2 / 2**20, abs=0.011)
 
 
 @pytest.mark.parametrize("extension, precision", [("amx_tile", "bf16"), ("avx512_bf16", "bf16"), (None, "no")])
@@ -426,6 +443,25 @@ def test_optimizers_that_do_not_go_with_a_strategy_are_refused(model, cache, tmp
     )
     found = train.unsupported(args, accelerator)
     assert found is None if says is None else found.startswith(says)
+
+
+def test_a_run_goes_on_with_the_learning_rate_it_is_given(model, cache, tmp_path):
+    options = ("--lr_scheduler=cosine", "--lr_warmup_steps=0", *QUIET, *LORA)
+    rates = [entry["lr"] for entry in run(model, cache, tmp_path, *options, "--max_train_steps=3")]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = (
+        "--max_train_steps=6",
+        "--learning_rate=0.001",
+        "--resume_from_checkpoint=latest",
+        "--allow_config_change",
+    )
+    rates = [entry["lr"] for entry in run(model, cache, tmp_path, *options, *again)][3:]
+    assert rates == pytest.approx([0.001 * (1 + math.cos(math.pi * step / 6)) / 2 for step in (4, 5, 6)])
+
+
+def test_alignment_that_stops_at_once_never_runs(model, cache, tmp_path):
+    options = ("--max_train_steps=2", "--align_weight=0.1", "--align_stop_step=0", *QUIET, *LORA)
+    assert all("align" not in entry for entry in run(model, cache, tmp_path, *options))
 
 
 def test_what_was_learned_outlives_a_validation_that_fails(model, cache, tmp_path, monkeypatch):
@@ -670,6 +706,7 @@ def test_a_dry_run_scans_and_estimates(model, table, tmp_path, capsys):
     train.main([f"--model={model}", f"--output={tmp_path / 'out'}", "--buckets=5x32x32", *options])
     printed = capsys.readouterr().out
     assert BUCKET in printed and "activations and gradients" in printed and "cache" in printed
+    assert "\npipeline" not in printed
     assert [path.name for path in (tmp_path / "out" / "cache").iterdir()] == ["files.jsonl"]
 
 
@@ -693,6 +730,17 @@ def test_data_that_cannot_be_trained_on_ends_the_run(model, table, tmp_path, cap
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
+def test_a_table_is_read_before_any_model(model, table, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    (base / "vae" / "config.json").unlink()
+    argv = [f"--model={base}", f"--output={tmp_path / 'out'}", f"--buckets={BUCKET}", f"--train_data={table}"]
+    for options, message in ((["--columns=openve"], "original_video"), ([], "--model")):
+        with pytest.raises(SystemExit):
+            train.main([*argv, *options])
+        assert message in capsys.readouterr().err
+
+
 def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path):
     config = tmp_path / "config.json"
     values = {"model": str(model), "align_blocks": [0, 1], "max_train_steps": 3, "optimizer_args": {"eps": 1e-6}}
@@ -708,9 +756,11 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"setps": 3}', "setps"),
         ('{"max_train_steps": 0}', "--max_train_steps"),
         ('{"optimizer": "Lion"}', "--optimizer"),
+        ('{"lr_scheduler": "piecewise_constant"}', "--lr_scheduler"),
         ('{"optimizer_args": {"speed": 3}}', "speed"),
         ('{"num_pairs": 0}', "--num_pairs"),
         ('{"buckets": "17x64"}', "--buckets"),
+        ('{"train_data": "pairs.csv"}', "--buckets is required"),
         ('{"train_batch_size": 0}', "--train_batch_size"),
         ('{"drop_all": 0.6, "drop_instruction": 0.6}', "--drop_all"),
         ('{"ema_decay": 1.5}', "--ema_decay"),

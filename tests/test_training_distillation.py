@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from components import build_pipeline, make_clip
+from diffusers import UniPCMultistepScheduler
 from torch import nn
 
 
@@ -108,6 +109,16 @@ def test_with_as_many_steps_the_target_is_the_models_own_velocity(pipe, batch):
 
 
 # The script
+
+
+def test_a_scheduler_with_other_steps_is_refused(pipe, arguments, tmp_path, capsys):
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    pipe.register_modules(scheduler=scheduler)
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--distill_steps=2"])
+    assert "but the pipeline has a UniPCMultistepScheduler" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

@@ -216,6 +216,22 @@ def test_gradient_norms_of_branches_that_meet_take_two_pairs(accelerator, pipe, 
     assert norms["gradient_norm_align"] == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_pairs_that_meet_are_of_one_bucket(accelerator, pipe, build_cache):
+    branches = EditingBranches(pipe.transformer, align_reference_tokens="shuffled").train()
+    cached, null_text = build_cache()
+    cut = {"latents", "source_latents"}
+    rows = [{name: v[..., :2] if name in cut and i == 1 else v for name, v in cached[i].items()} for i in range(3)]
+    samples, parameters = Samples(rows, FixedDraws(DRAWS), null_text), list(branches.transformer.parameters())
+    shapes = []
+
+    def collate(each):
+        shapes.extend(sample["latents"].shape for sample in each)
+        return default_collate(each)
+
+    gradient_norms(accelerator, branches, parameters, samples, collate, 2)
+    assert shapes == [rows[0]["latents"].shape] * 2 and shapes[0] != rows[1]["latents"].shape
+
+
 def test_gradient_norms_leave_no_gradients(accelerator, branches, build_samples):
     parameters = list(branches.transformer.parameters())
     gradient_norms(accelerator, branches, parameters, build_samples(FixedDraws(DRAWS)), default_collate)
@@ -232,9 +248,9 @@ def test_gradient_norms_change_no_weights(accelerator, branches, build_samples):
 # Edits to look at
 
 
-def edit(accelerator, cached, null_text, folder, num_edits, learns=(), pairs=PAIRS):
+def edit(accelerator, cached, null_text, folder, num_edits, learns=(), pairs=PAIRS, **transformer):
     """Edits with the encoders that learn alone."""
-    pipe = build_pipeline()
+    pipe = build_pipeline(**transformer)
     for name in {"distiller", "mllm", "text_encoder"}.difference(learns):
         setattr(pipe, name, None)
     branches = EditingBranches(pipe.transformer, pipe.distiller, pipe.text_encoder, pipe.mllm)
@@ -347,3 +363,14 @@ def test_any_instruction_can_be_shown(accelerator, build_cache, tmp_path, instru
 def test_edits_leave_the_model_in_training_mode(accelerator, build_cache, tmp_path):
     branches, _ = edit(accelerator, *build_cache(), tmp_path, 1)
     assert all(module.training for module in branches.modules())
+
+
+@pytest.mark.parametrize("streams", [("edit",), ("text",), ("visual",), ("edit", "text")])
+def test_models_that_do_not_read_all_streams_edit_for_validation(accelerator, build_cache, tmp_path, written, streams):
+    reads = {"shallow_tokens": streams, "deep_tokens": streams}
+    edit(accelerator, *build_cache(), tmp_path, 1, **reads)
+    source, instruction = PAIRS.load(0)[0], PAIRS.instruction(0)
+    pipe = build_pipeline(**reads)
+    expected = pipe(source, instruction, fps=2.0, generator=generator("validation edit", 0)).frames[0]
+    (clip,) = written.values()
+    assert (np.abs(clip / 255 - expected) > 0.005).mean() < 0.05

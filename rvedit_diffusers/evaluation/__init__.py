@@ -1,6 +1,15 @@
 """Scores of an editor on the procedural benchmark, and its results on public ones."""
 
-from .editors import CopySource, PipelineEditor, Task, VaeCeiling, model_name, reconstruct, weights_hash
+from .editors import (
+    CopySource,
+    PipelineEditor,
+    Task,
+    VaeCeiling,
+    configs_hash,
+    model_name,
+    reconstruct,
+    weights_hash,
+)
 from .public import (
     PublicEdit,
     check_sources,
@@ -25,6 +34,7 @@ __all__ = [
     "Task",
     "VaeCeiling",
     "check_sources",
+    "configs_hash",
     "figures_of",
     "format_table",
     "is_scored",

@@ -28,8 +28,8 @@ OWN_TRAIN = (
 OWN_EVALUATE = "model lora vae output benchmark data limit operations".split()
 SHARED_TRAIN = (
     "train_data validation_data data_root columns source_column edited_column instruction_column buckets fps num_pairs"
-    " data_seed levels operations edits_per_scene training_type train_distiller train_text_encoder max_train_steps"
-    " train_batch_size gradient_accumulation_steps num_validation_pairs".split()
+    " data_seed levels kinds operations edits_per_scene training_type train_distiller train_text_encoder"
+    " max_train_steps train_batch_size gradient_accumulation_steps num_validation_pairs".split()
 )
 SHARED_TRANSFORMER = (
     "ffn_dim num_attention_heads attention_head_dim in_channels source_channels out_channels patch_size"
@@ -38,6 +38,8 @@ SHARED_TRANSFORMER = (
 DEFAULTS = {
     "training_type": "full",
     "train_distiller": "connectors",
+    "buckets": "17x64x64",
+    "max_train_steps": 1000,
     "data_seed": 0,
     "report_to": "none",
     "num_validation_edits": 0,
@@ -144,6 +146,7 @@ def read_grid(path: Path) -> dict:
     if not problems:
         rows = grid["rows"]
         problems += [f"`{place}` may not set `{name}`" for place, name in _out_of_place(grid)]
+        problems += ["`seeds` is empty"] * (not grid["seeds"])
         problems += [f"`seeds` has to hold integers, not {seed!r}" for seed in grid["seeds"] if type(seed) is not int]
         problems += [f"`rows` {name!r} is no name of a folder" for name in rows if not re.fullmatch(r"[\w.-]+", name)]
         for name, row in rows.items():

@@ -1,6 +1,7 @@
 """What is scored: a pipeline, or edits of which is known how good they are."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLWan, ConfigMixin
 from torch import nn
 
-from ..clips import resize_frames
 from ..pipeline_rvedit import RVEDiTPipeline
 from ..training.cache import hash_tensor
 from ..training.sampler import generator
@@ -58,7 +58,8 @@ def reconstruct(vae: AutoencoderKLWan, clips: list[np.ndarray]) -> list[np.ndarr
     video = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3)  # (batch, 3, frames, height, width)
     padding = -(num_frames - 1) % vae.config.scale_factor_temporal
     video = torch.cat([video, video[:, :, -1:].expand(-1, -1, padding, -1, -1)], dim=2)
-    video = (video.to(vae.device).float() / 127.5 - 1.0).to(vae.dtype)
+    device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None) or vae.device  # it may rest elsewhere
+    video = (video.to(device).float() / 127.5 - 1.0).to(vae.dtype)
     rebuilt = vae.decode(vae.encode(video).latent_dist.mode()).sample[:, :, :num_frames].float().clamp(-1, 1)
     return list(((rebuilt + 1.0) * 127.5).round().byte().permute(0, 2, 3, 4, 1).cpu().numpy())
 
@@ -115,11 +116,10 @@ class PipelineEditor:
             generator=[generator("evaluation", task.id) for task in tasks],
             fps=None if None in rates else rates,
             output_type="pt",
+            keep_size=True,
             **self.options,
         )
-        size = tasks[0].source.shape[1:3]
-        clips = [resize_frames(clip.float(), size).clamp(0, 1) for clip in output.frames]
-        return [(clip * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for clip in clips]
+        return [(clip.float() * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for clip in output.frames]
 
 
 def weights_hash(modules: Mapping[str, nn.Module]) -> str:
@@ -134,6 +134,21 @@ def weights_hash(modules: Mapping[str, nn.Module]) -> str:
         for part in executor.map(hash_tensor, *zip(*tensors, strict=True)):
             digest.update(part)
     return digest.hexdigest()[:16]
+
+
+def configs_hash(pipe: RVEDiTPipeline) -> str:
+    """What tells pipelines with the same weights from each other: 16 digits of a hash of their configurations.
+
+    Args:
+        pipe ([`RVEDiTPipeline`]): What it and its components of diffusers are configured with.
+    """
+    configured = {"pipeline": pipe} | {name: part for name, part in pipe.components.items() if hasattr(part, "config")}
+    configs = {
+        name: {key: value for key, value in dict(part.config).items() if key[0] != "_"}
+        for name, part in configured.items()
+        if isinstance(part, ConfigMixin)
+    }
+    return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def model_name(model: str) -> str:

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -96,7 +97,10 @@ def _read_openve(data: Path) -> list[PublicEdit]:
         where = f"{path} row {number}"
         category, prompt, video = (_field(entry, n, where) for n in ("edited_type", "prompt", "original_video"))
         result = f"{Path(video).stem}_edited.mp4"
-        edits.append(PublicEdit(where, category, data / video, prompt, result, None, entry))
+        # paths begin in the folder or beside it, as its copies differ in
+        places = (data / video, data.absolute().parent / video)
+        source = next((place for place in places if place.is_file()), places[0])
+        edits.append(PublicEdit(where, category, source, prompt, result, None, entry))
     return edits
 
 
@@ -122,15 +126,18 @@ def _read_ivebench(data: Path) -> list[PublicEdit]:
     if len(manifests) != 1:
         raise ValueError(f"{data} has to hold one .json, but holds {len(manifests)}: name the file itself")
     (path,), edits = manifests, []
-    places = {
-        name: Path(folder, name) for folder, folders, files in os.walk(path.parent) for name in (*folders, *files)
-    }
+    places = defaultdict(list)
+    for folder, folders, files in os.walk(path.parent):
+        for name in (*folders, *files):
+            places[name].append(Path(folder, name))
     for number, entry in enumerate(_load_json(path, list), 1):
         where = f"{path} row {number}"
         video, category, prompt = (_field(entry, n, where) for n in ("src_video_name", "category", "edit_prompt"))
         stem = Path(video).stem
-        source = places.get(video) or places.get(stem) or path.parent / video
-        edits.append(PublicEdit(where, category, source, prompt, stem, None, entry))
+        found = places.get(video) or places.get(stem) or [path.parent / video]
+        if len(found) > 1:
+            raise ValueError(f"{where}: {video} may be {found[0]} or {found[1]}: only one may lie below {path.parent}")
+        edits.append(PublicEdit(where, category, found[0], prompt, stem, None, entry))
     return edits
 
 

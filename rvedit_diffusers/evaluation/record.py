@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 
@@ -55,15 +56,16 @@ class ScoreRecord:
 
     def entries(self) -> dict[str, dict]:
         """What all processes have appended so far, by `id`."""
-        found = {}
+        found = []
         for path in sorted(self.folder.glob("scores-*.jsonl")):
             for line in path.read_bytes().splitlines():
                 try:
-                    entry = json.loads(line)
+                    found.append(json.loads(line))
                 except ValueError:
                     continue
-                found[entry["id"]] = entry
-        return found
+        # another number of processes may have given an item to another one
+        found.sort(key=lambda entry: entry.pop("time", 0))
+        return {entry["id"]: entry for entry in found}
 
     def append(self, entries: list[dict]) -> None:
         """Add what has been scored.
@@ -71,7 +73,8 @@ class ScoreRecord:
         Args:
             entries (`list[dict]`): Each with an `id`; later ones replace earlier ones of the same `id`.
         """
-        finite = (json.loads(json.dumps(entry), parse_constant=lambda _: None) for entry in entries)
+        timed = (entry | {"time": time.time_ns()} for entry in entries)
+        finite = (json.loads(json.dumps(entry), parse_constant=lambda _: None) for entry in timed)
         text = "".join(json.dumps(entry) + "\n" for entry in finite)
         with open(self.folder / f"scores-{self.rank}.jsonl", "a+b", buffering=0) as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))

@@ -1,5 +1,7 @@
 """How clips differ, from pixels alone; and whether a single edit happened, to the right object, and nothing else."""
 
+from itertools import pairwise
+
 import numpy as np
 
 from .edits import Edit
@@ -31,8 +33,12 @@ def psnr(frames: np.ndarray, other: np.ndarray, region: np.ndarray | None = None
         frames, other (`np.ndarray` of shape `(frames, height, width, 3)`): uint8.
         region (`np.ndarray` of shape `(frames, height, width)`, *optional*): bool; everywhere by default.
     """
-    error = np.square(frames.astype(np.float64) - other).mean(-1)
-    mean = error.mean() if region is None else error[region].mean()
+    total, count = 0.0, 0
+    for time, (one, another) in enumerate(zip(frames, other, strict=True)):  # a long clip has no room for copies
+        error = np.square(one.astype(np.float64) - another).mean(-1)
+        error = error if region is None else error[region[time]]
+        total, count = total + error.sum(), count + error.size
+    mean = total / count if count else np.nan
     return float(10 * np.log10(255.0**2 / max(mean, 1e-10)))
 
 
@@ -118,12 +124,15 @@ def edit_map(frames: np.ndarray, source: np.ndarray) -> np.ndarray:
     Args:
         frames, source (`np.ndarray` of shape `(frames, height, width, 3)`): uint8.
     """
-    difference = frames.astype(np.float32) - source
-    for axis in (1, 2):
-        padded = np.pad(difference, [(int(a == axis),) * 2 if a in (1, 2) else (0, 0) for a in range(4)], mode="edge")
-        low, high = (np.take(padded, range(start, start + difference.shape[axis]), axis) for start in (0, 2))
-        difference = (low + difference + high) / 3
-    return np.abs(difference).max(-1) > EDIT_DIFFERENCE
+    found = np.empty(frames.shape[:3], bool)
+    for time, (one, another) in enumerate(zip(frames, source, strict=True)):
+        difference = one.astype(np.float32) - another
+        for axis in (0, 1):
+            padded = np.pad(difference, [(int(a == axis),) * 2 for a in range(3)], mode="edge")
+            low, high = (np.take(padded, range(start, start + difference.shape[axis]), axis) for start in (0, 2))
+            difference = (low + difference + high) / 3
+        found[time] = np.abs(difference).max(-1) > EDIT_DIFFERENCE
+    return found
 
 
 def edit_overlap(frames: np.ndarray, source: np.ndarray, target: np.ndarray) -> dict[str, float]:
@@ -153,7 +162,8 @@ def flicker(frames: np.ndarray, target: np.ndarray) -> float:
     Args:
         frames, target (`np.ndarray` of shape `(frames, height, width, 3)`): uint8, at least 2 frames.
     """
-    return float(np.abs(np.diff(frames.astype(np.float32) - target, axis=0)).mean())
+    differences = (one.astype(np.float32) - another for one, another in zip(frames, target, strict=True))
+    return float(np.mean([np.abs(later - now).mean() for now, later in pairwise(differences)]))
 
 
 def optical_flow(source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

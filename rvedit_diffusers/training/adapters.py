@@ -1,17 +1,21 @@
 """LoRA layers over a frozen transformer, and where its frozen weights rest."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 
 from ..transformer_rvedit import RVEDiTTransformer3DModel
 
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2")
+SOURCE_TARGET = "source_embedding"
+SOURCE_RANK = 32  # whatever the others': peft cannot swap adapters of convolutions for ones of another rank
 
 
 def add_lora(
@@ -28,15 +32,49 @@ def add_lora(
         rank (`int`, defaults to 32), alpha (`float`, *optional*): The adapters' output is scaled by `alpha / rank`;
             alpha is the rank by default.
         dropout (`float`, defaults to 0.0): Of the adapters' input.
-        targets (`Sequence[str]`): Names of linear layers, or their ends.
+        targets (`Sequence[str]`): Names of linear layers, or their ends; or `source_embedding`, a convolution, whose
+            adapters always have rank and alpha 32.
 
     Raises:
         ValueError: No layer has such a name.
     """
     transformer.requires_grad_(False)
     settings = {"r": rank, "lora_alpha": alpha or rank, "lora_dropout": dropout, "target_modules": list(targets)}
+    if SOURCE_TARGET in targets:
+        settings |= {"rank_pattern": {SOURCE_TARGET: SOURCE_RANK}, "alpha_pattern": {SOURCE_TARGET: SOURCE_RANK}}
     transformer.add_adapter(LoraConfig(**settings))
     cast_training_params(transformer, torch.float32)
+
+
+def lora_targets(folder: str | Path, targets: Sequence[str] | None = None) -> list[str]:
+    """The layers to adapt, such that the transformer sees the source clip.
+
+    A converted model's `source_embedding` is zero, and adapters elsewhere would leave it so: blind to the source's
+    latents.
+
+    Args:
+        folder (`str` or `Path`): Of the transformer.
+        targets (`Sequence[str]`, *optional*): As for [`add_lora`]; by default `LORA_TARGETS`, and `source_embedding`
+            where it is zero.
+
+    Raises:
+        ValueError: `source_embedding` is zero, and not among `targets`.
+    """
+    if targets is not None and SOURCE_TARGET in targets:
+        return list(targets)
+    is_blind = False
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            name = f"{SOURCE_TARGET}.weight"
+            is_blind = is_blind or name in file.keys() and not file.get_tensor(name).any()
+    if targets is None:
+        return [*LORA_TARGETS, *[SOURCE_TARGET] * is_blind]
+    if is_blind:
+        raise ValueError(
+            f"`lora_targets` has to name {SOURCE_TARGET}, which is zero in {folder}: without it the model never sees"
+            f" the source clip's latents; got {list(targets)}"
+        )
+    return list(targets)
 
 
 def store_in_fp8(transformer: RVEDiTTransformer3DModel) -> None:

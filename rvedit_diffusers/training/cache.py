@@ -231,7 +231,8 @@ def fill_cache(
 
 def _move_encoders(pipe: RVEDiTPipeline, device: torch.device) -> None:
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    size = sum(parameter.nbytes for module in modules for parameter in module.parameters())
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    size = sum(parameter.nbytes for parameter in parameters if parameter.device != device)
     if device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info(device)[0]:
         pipe.enable_model_cpu_offload(device=device)  # one after the other
     else:

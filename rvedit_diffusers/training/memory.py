@@ -7,6 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -191,6 +192,7 @@ def checkpoint_bytes(module: nn.Module, optimizer_bytes: int = 8, ema: bool = Fa
 
 def describe_needs(
     args: argparse.Namespace,
+    base: Path,
     pipe: RVEDiTPipeline,
     branches: nn.Module,
     pairs: EditPairs,
@@ -202,6 +204,7 @@ def describe_needs(
 
     Args:
         args (`argparse.Namespace`): Options of `examples/train.py`.
+        base (`Path`): Folder of the pipeline to train. A result that is a pipeline is as large.
         pipe ([`RVEDiTPipeline`]): See [`pair_tensors`]; without transformer.
         branches ([`~rvedit_diffusers.training.branches.EditingBranches`]): On the meta device, with adapters.
         pairs ([`EditPairs`]): To train on.
@@ -234,10 +237,10 @@ def describe_needs(
         count * num_bytes(pair_tensors(pipe, bucket, tokens, text).values()) for bucket, count in counts.items()
     )
     num_kept = min(args.checkpoints_total_limit or math.inf, -(-args.max_train_steps // args.checkpointing_steps))
-    disk = {
-        "cache": cache,
-        f"checkpoints, {num_kept}": num_kept * checkpoint_bytes(branches, optimizer_bytes, bool(args.ema_decay)),
-    }
+    checkpoint = checkpoint_bytes(branches, optimizer_bytes, bool(args.ema_decay))
+    disk = {"cache": cache, f"checkpoints, {num_kept}": num_kept * checkpoint}
+    if args.training_type != "lora" or args.train_distiller != "none" or args.train_text_encoder:
+        disk["pipeline"] = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
     notes = []
     if tokens == "none":
         notes.append("the MLLM, which runs in every step")

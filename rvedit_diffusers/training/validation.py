@@ -125,9 +125,15 @@ def gradient_norms(
     Returns:
         `dict[str, float]`: `gradient_norm_flow` and `gradient_norm_align`.
     """
-    count, first = len(VALIDATION_SIGMAS), accelerator.process_index * num_pairs
-    pairs = [pair % len(samples) for pair in range(first, first + num_pairs)]
-    batch = collate([samples[pair, pair * count + count // 2] for pair in pairs])
+    count, first = len(VALIDATION_SIGMAS), accelerator.process_index * num_pairs % len(samples)
+    chosen = [samples[first, first * count + count // 2]]
+    others = ((first + step) % len(samples) for step in range(1, len(samples) + 1))  # at last itself, if it is alone
+    while len(chosen) < num_pairs:
+        pair = next(others)
+        sample = samples[pair, pair * count + count // 2]
+        if sample["latents"].shape == chosen[0]["latents"].shape:  # of one bucket
+            chosen.append(sample)
+    batch = collate(chosen)
     batch = send_to_device(batch, accelerator.device)
     norms = {}
     for name in ("flow", "align"):
@@ -203,15 +209,21 @@ def edit_held_out(
     for index, counts in turns(count, accelerator.process_index, accelerator.num_processes):
         source, target = pairs.load(index)
         sample, arguments = cached[index], {}
-        if "prompt_embeds" in sample:
+        if "prompt_embeds" in sample and "text" in pipe.token_streams:
             arguments["prompt_embeds"] = sample["prompt_embeds"][None].to(device)
             arguments["negative_prompt_embeds"] = null_text["prompt_embeds"][None].to(device)
         if "edit_tokens" in sample:
             tokens = [sample[name][None].to(device) for name in ("edit_tokens", "visual_tokens", "visual_positions")]
             if pipe.distiller is not None:
                 tokens[:2] = pipe.distiller.connect(*tokens[:2])
-            arguments |= dict(zip(("edit_embeds", "visual_embeds", "visual_positions"), tokens, strict=True))
-        needed = len(arguments) < 5  # an encoder that learns reads the instruction itself
+            edit, visual, positions = tokens
+            if "edit" in pipe.token_streams:
+                arguments["edit_embeds"] = edit
+            if "visual" in pipe.token_streams:
+                arguments |= {"visual_embeds": visual, "visual_positions": positions}
+        # an encoder that learns reads the instruction itself
+        given = {"text": "prompt_embeds", "edit": "edit_embeds", "visual": "visual_embeds"}
+        needed = not {given[stream] for stream in pipe.token_streams} <= arguments.keys()
         with accelerator.autocast():
             frames = pipe(
                 source,
