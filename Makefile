@@ -30,7 +30,7 @@ test-slow: .venv/installed
 score: .venv/installed
 	$(RUN) examples/evaluate.py --num_samples $(NUM) --seed $(SEED) --output out/scores-$(SEED)
 
-# The embedded checkpoint from nothing: hours on two CPU cores. Each step goes on where it was stopped. The editor's
+# A checkpoint like the embedded one from nothing, in runs/tiny: hours on two CPU cores. Each step goes on where it was stopped. The editor's
 # blocks are compiled, which needs a C++ compiler; one process a GPU, or two on CPUs.
 TRAIN := OMP_NUM_THREADS=1 $(RUN)
 tiny: .venv/installed
@@ -46,7 +46,7 @@ tiny: .venv/installed
 		--resume_from_checkpoint latest
 	$(RUN) examples/evaluate.py --model runs/editor-17/pipeline --num_samples $(NUM) --seed $(SEED) --output runs/scores
 	$(RUN) examples/tiny/export.py --vae runs/vae --mllm runs/mllm --text runs/text \
-		--editor runs/editor runs/editor-17 --scores runs/scores/results.json
+		--editor runs/editor runs/editor-17 --scores runs/scores/results.json --output runs/tiny
 
 lint: .venv/installed
 	$(RUN) -m ruff check --fix

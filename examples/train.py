@@ -488,6 +488,8 @@ def describe_run(args: argparse.Namespace, batch_size: int, model_key: str, base
 
 def make_repository(args: argparse.Namespace) -> None:
     is_lora = args.training_type == "lora" and args.train_distiller == "none" and not args.train_text_encoder
+    if is_lora and Path(args.model).is_dir():
+        print(f"note: the LoRA needs {args.model}, which is not uploaded with it: examples/push_to_hub.py does that")
     try:
         open_repository(args.hub_model_id, "lora" if is_lora else "pipeline", args.hub_private_repo or None)
     except (OSError, ValueError) as error:

@@ -94,7 +94,10 @@ class VideoInfo:
 @contextmanager
 def _ffmpeg(arguments: list[str], stdin: int = subprocess.DEVNULL):
     options = ["-hide_banner", "-nostats", "-loglevel", "level+info", "-y"]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options, *arguments]
+    try:
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), *options, *arguments]
+    except RuntimeError as error:  # a build of imageio-ffmpeg without the program
+        raise OSError("there is no ffmpeg: install it, or let IMAGEIO_FFMPEG_EXE name it") from error
     with tempfile.TemporaryFile() as log:  # a file, as a pipe that nobody reads would stall ffmpeg
         with subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=log) as process:
             yield process, log

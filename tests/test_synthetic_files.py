@@ -114,6 +114,13 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_link_to_an_empty_folder_is_written_through(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    command.main([*ARGUMENTS, "--output", str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "manifest.jsonl").is_file()
+
+
 def test_sheets_of_nothing_and_of_other_kinds_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`items`"):
         write_sheet(tmp_path / "sheet.png", [])

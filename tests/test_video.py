@@ -446,3 +446,14 @@ def test_wrong_arguments_of_write_strip(tmp_path):
     with pytest.raises(ValueError, match="`path`"):
         write_strip(tmp_path / "strip.jpg", {"a": frames})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_ffmpeg_is_told(tmp_path, monkeypatch):
+    write_video(tmp_path / "clip.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+
+    def find_none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", find_none)
+    with pytest.raises(OSError, match="there is no ffmpeg: install it"):
+        read_video(tmp_path / "clip.mp4")

@@ -1,6 +1,6 @@
-"""Write the trained pipeline as the embedded checkpoint: bfloat16 weights, training logs, scores, and its model card.
+"""Write a trained pipeline as the embedded checkpoint is: bfloat16 weights, training logs, scores, and its model card.
 
-MODEL_CARD.md is the same card.
+In the place of the embedded checkpoint, unless --output says otherwise; MODEL_CARD.md is then the same card.
 
 python examples/tiny/export.py --vae runs/vae --mllm runs/mllm --text runs/text --editor runs/editor \
     --scores runs/scores/results.json
@@ -124,7 +124,8 @@ def main() -> None:
     card = model_card(temporary)
     (temporary / "README.md").write_text(card)
     replace_folder(temporary, args.output)
-    (Path(__file__).parents[2] / "MODEL_CARD.md").write_text(card)
+    if args.output.resolve() == Path(TINY_CHECKPOINT).resolve():
+        (Path(__file__).parents[2] / "MODEL_CARD.md").write_text(card)
     size = sum(path.stat().st_size for path in args.output.rglob("*.safetensors")) / 1e6
     print(f"{args.output}: {size:.1f} MB of safetensors")
 

@@ -90,6 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
         command.error("nothing to write: give --output, --sheet or both")
     if args.output is not None and (args.output.is_file() or args.output.is_dir() and any(args.output.iterdir())):
         command.error(f"--output {args.output} is there already: name another folder, or delete it")
+    if args.output is not None and args.output.is_mount():
+        command.error(f"--output {args.output} is a mount point: name a folder in it")
     if args.sheet is not None and args.sheet.suffix.lower() != ".png":
         command.error(f"--sheet has to end in .png, but is {args.sheet}")
     try:
@@ -100,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         if path is not None:
             path.absolute().parent.mkdir(parents=True, exist_ok=True)
     if args.output is not None:
-        render_items(items, args.num, args.output.absolute())
+        render_items(items, args.num, args.output.resolve())
         print(f"{args.output}: {args.num} items of {args.level}")
     if args.sheet is not None:
         write_sheet(args.sheet, [items[index] for index in range(args.num)])
