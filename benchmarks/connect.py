@@ -25,7 +25,7 @@ from rvedit_diffusers.losses import flow_matching_loss, sample_sigmas
 from rvedit_diffusers.synthetic import SyntheticEdits
 from rvedit_diffusers.training.cache import CachedPairs, fill_cache, text_length
 from rvedit_diffusers.training.optimizers import build_optimizer
-from rvedit_diffusers.training.options import default_precision
+from rvedit_diffusers.training.options import computes_in_bfloat16
 from rvedit_diffusers.training.pairs import SyntheticPairs
 from rvedit_diffusers.training.sampler import generator
 
@@ -72,7 +72,7 @@ def train_base(args: argparse.Namespace, pipe: RVEDiTPipeline, folder: Path) -> 
         noise = torch.randn(batch["latents"].shape, generator=draw)
         sigmas = sample_sigmas(args.batch_size, 3.0, draw)
         level = sigmas.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=default_precision() == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16(torch.device("cpu"))):
             velocity = transformer(
                 (1 - level) * batch["latents"] + level * noise, 1000 * sigmas, batch["prompt_embeds"]
             ).sample
@@ -165,10 +165,9 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
     args.output.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.enable_flash_sdp(
-        False
-    )  # plain attention is faster on CPUs at this size, see examples/train.py
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    if not torch.cuda.is_available():  # plain attention is faster on CPUs at this size, see examples/train.py
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
 
     pipe = RVEDiTPipeline.from_pretrained(TINY_CHECKPOINT)
     wan, mllm, converted, stage = (args.output / name for name in ("wan", "mllm", "converted", "stage"))

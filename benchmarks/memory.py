@@ -13,6 +13,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -204,13 +205,19 @@ def stage_peaks(pipe: RVEDiTPipeline, device: torch.device) -> Iterator[dict[str
     """Follow the peak of each stage of the calls inside."""
     peaks = dict.fromkeys(STAGES, 0)
 
+    def begin(*_):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def end(stage: str, *_):
+        torch.cuda.synchronize(device)
+        peaks[stage] = max(peaks[stage], torch.cuda.max_memory_allocated(device))
+
     def followed(stage: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
+            begin()
             result = function(*args, **kwargs)
-            torch.cuda.synchronize(device)
-            peaks[stage] = max(peaks[stage], torch.cuda.max_memory_allocated(device))
+            end(stage)
             return result
 
         return call
@@ -219,13 +226,18 @@ def stage_peaks(pipe: RVEDiTPipeline, device: torch.device) -> Iterator[dict[str
     modules = {
         stage: pipe.mllm.base_model if stage == "tokens" else getattr(pipe, part) for stage, part in STAGES.items()
     }
-    methods = {"encode": "encode", "decode": "decode"}
+    hooks = []
     for stage, module in modules.items():
-        method = methods.get(stage, "forward")
-        setattr(module, method, followed(stage, getattr(module, method)))
+        if stage in ("encode", "decode"):  # the autoencoder's methods
+            setattr(module, stage, followed(stage, getattr(module, stage)))
+        else:  # offloading replaces `forward`, more than once
+            hooks.append(module.register_forward_pre_hook(begin))
+            hooks.append(module.register_forward_hook(partial(end, stage)))
     yield peaks
-    for stage, module in modules.items():
-        delattr(module, methods.get(stage, "forward"))
+    for hook in hooks:
+        hook.remove()
+    for stage in ("encode", "decode"):
+        delattr(modules[stage], stage)
 
 
 def measure(preset: Preset, device: torch.device, num_inference_steps: int) -> dict[str, dict]:

@@ -184,7 +184,10 @@ def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
     if args.lora is not None:
         with loading(parser, "--lora", args.lora):
             pipe.load_lora_weights(args.lora)
-    place(pipe, device, args.offload)
+    try:
+        place(pipe, device, args.offload)
+    except RuntimeError as error:  # the device's memory, or the host's that is pinned for it
+        parser.error(f"--offload {args.offload}: {first_line(error)}")
     return pipe
 
 

@@ -338,8 +338,9 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     check_alignment(parser, args)
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
-    if args.group_offload and not args.gradient_checkpointing:
-        parser.error("--group_offload needs --gradient_checkpointing: else every weight is kept for the backward pass")
+    for name in ("layerwise_casting", "group_offload"):
+        if getattr(args, name) and not args.gradient_checkpointing:
+            parser.error(f"--{name} needs --gradient_checkpointing: else every weight is kept for the backward pass")
     try:  # a parameter as small as can be tells whether there is such an optimizer
         weight = torch.nn.Parameter(torch.zeros(1, 1))
         build_optimizer(args.optimizer, [weight], [weight], args.learning_rate or 1.0, 0.0, **args.optimizer_args)
@@ -717,6 +718,8 @@ def main(argv: list[str] | None = None) -> None:
         pipe.distiller.queries.requires_grad_(False)
     branches.train()
     if args.compile:
+        # blocks of two kinds, with and without gradients, for each bucket and for validation
+        torch._dynamo.config.recompile_limit = 64
         pipe.transformer.compile_repeated_blocks()
     modules = {name: getattr(pipe, name) for name in ["transformer"] * is_edit + trained}
 

@@ -300,12 +300,13 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             if name in excluded:
                 component.to(onload_device)
                 continue
+            if hasattr(component, "set_input_embeddings"):
+                # UMT5's two embeddings cannot stay two modules: their one weight would be pinned twice, and written to
+                # disk again once it is gone (hooks/group_offloading.py, line 313)
+                component.set_input_embeddings(component.get_input_embeddings())
             if offload_to_disk_path is not None:
-                # A file is named by its layers alone, and one that exists is taken as written
-                # (hooks/group_offloading.py, lines 154 and 304): components cannot share a folder. Nor can UMT5's two
-                # embeddings stay two modules: their one weight would be written again once it is gone (line 313).
-                if hasattr(component, "set_input_embeddings"):
-                    component.set_input_embeddings(component.get_input_embeddings())
+                # A file is named by its layers alone, and one that exists is taken as written (lines 154 and 304):
+                # components cannot share a folder.
                 settings["offload_to_disk_path"] = os.path.join(offload_to_disk_path, name)
             if hasattr(component, "enable_group_offload"):
                 component.enable_group_offload(**settings, offload_type=offload_type)
@@ -1287,7 +1288,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     context=contexts.get(branch),
                     return_dict=False,
                     **conditions,
-                )[0].float()
+                )[0].to(torch.float32, copy=True)  # CUDA graphs write the next branch to the same memory
 
         with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):

@@ -120,7 +120,11 @@ def save_qwen(folder: str | Path, family: str = "qwen2_5_vl"):
 
 
 def save_converted(
-    folder: str | Path, wan_family: str = "wan2_1", mllm_family: str = "qwen2_5_vl", trained: bool = False
+    folder: str | Path,
+    wan_family: str = "wan2_1",
+    mllm_family: str = "qwen2_5_vl",
+    trained: bool = False,
+    **transformer_config,
 ) -> Path:
     """
     Save tiny bases in `folder` and convert them.
@@ -129,12 +133,13 @@ def save_converted(
         folder: Gets `wan`, `mllm` and `pipeline`.
         wan_family, mllm_family: See [`save_wan`] and [`save_qwen`].
         trained: Whether weights that start at zero get random values, as training would give them.
+        transformer_config: See [`save_wan`].
 
     Returns:
         The pipeline's folder.
     """
     folder = Path(folder)
-    save_wan(folder / "wan", wan_family)
+    save_wan(folder / "wan", wan_family, **transformer_config)
     save_qwen(folder / "mllm", mllm_family)
     convert(plan_conversion(folder / "wan", folder / "mllm", num_edit_tokens=4), folder / "pipeline")
     if trained:

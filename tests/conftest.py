@@ -5,6 +5,7 @@ from torch.backends import cuda
 
 
 torch.set_num_threads(1)  # tensors this small are slower on more
+torch.backends.cudnn.allow_tf32 = False  # what a GPU computes is compared with a CPU
 
 
 @pytest.fixture(scope="module", autouse=True)

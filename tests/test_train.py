@@ -497,7 +497,7 @@ def test_offloaded_weights_train_the_same_adapter(model, cache, tmp_path):
 
 
 def test_weights_in_fp8_train_nearly_the_same_adapter(model, cache, tmp_path):
-    options = ("--max_train_steps=3", "--align_weight=0", *QUIET, *LORA)
+    options = ("--max_train_steps=3", "--align_weight=0", "--gradient_checkpointing", *QUIET, *LORA)
     plain = run(model, cache, tmp_path / "plain", *options)
     AcceleratorState._reset_state(reset_partial_state=True)
     rounded = run(model, cache, tmp_path / "rounded", *options, "--layerwise_casting")
@@ -767,7 +767,8 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"lora_targets": ["to_x"]}', "to_x"),
         ('{"align_blocks": [7]}', "align_blocks"),
         ('{"training_type": "full", "layerwise_casting": true}', "--layerwise_casting"),
-        ('{"group_offload": true}', "--gradient_checkpointing"),
+        ('{"group_offload": true}', "--group_offload needs --gradient_checkpointing"),
+        ('{"layerwise_casting": true}', "--layerwise_casting needs --gradient_checkpointing"),
         ('{"push_to_hub": true}', "--hub_model_id"),
         ('{"align_loss": "contrast"}', "--train_batch_size"),
         ('{"align_reference_tokens": "shuffled"}', "--train_batch_size"),

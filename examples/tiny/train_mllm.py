@@ -29,7 +29,7 @@ from rvedit_diffusers.synthetic.wording import clauses
 from rvedit_diffusers.tiny import save_tiny_mllm, take_over_embeddings
 from rvedit_diffusers.training.checkpoint import checkpoints, keep_latest, load_checkpoint, open_log
 from rvedit_diffusers.training.optimizers import MuonAdamW, block_matrices, warmup_cosine
-from rvedit_diffusers.training.options import default_precision
+from rvedit_diffusers.training.options import computes_in_bfloat16
 from rvedit_diffusers.training.pairs import draw_pair
 
 
@@ -323,7 +323,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch, inputs = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=default_precision() == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16(torch.device("cpu"))):
             terms = losses(ask(mllm, distiller, heads, inputs), batch)
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

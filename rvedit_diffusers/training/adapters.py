@@ -1,10 +1,10 @@
 """LoRA layers over a frozen transformer, and where its frozen weights rest."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers.hooks import apply_group_offloading
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,10 +83,10 @@ def store_in_fp8(transformer: RVEDiTTransformer3DModel) -> None:
 
 
 def offload_frozen_weights(transformer: RVEDiTTransformer3DModel, device: torch.device) -> None:
-    """Let the weights under adapters rest in host memory, and move all else to `device`.
+    """Let the weights under adapters rest in host memory, pinned, and move all else to `device`.
 
-    A layer's weight is on the device while the layer runs. Gradient checkpointing is needed: without it, autograd
-    keeps what was moved there until the backward pass.
+    A layer's weight is on the device while the layer runs, and never copied back: it does not change. Gradient
+    checkpointing is needed: without it, autograd keeps what was moved there until the backward pass.
     """
     adapted = [layer.get_base_layer() for layer in transformer.modules() if isinstance(layer, BaseTunerLayer)]
     at_rest = set(map(id, adapted))
@@ -94,4 +94,16 @@ def offload_frozen_weights(transformer: RVEDiTTransformer3DModel, device: torch.
         if id(layer) not in at_rest:
             layer._apply(lambda tensor: tensor.to(device), recurse=False)
     for layer in adapted:
-        apply_group_offloading(layer, device, offload_type="leaf_level", non_blocking=device.type == "cuda")
+        resting = {
+            name: parameter.data.pin_memory() if device.type == "cuda" else parameter.data
+            for name, parameter in layer.named_parameters(recurse=False)
+        }
+        _put(resting, None, layer)
+        layer.register_forward_pre_hook(partial(_put, resting, device))
+        layer.register_forward_hook(partial(_put, resting, None))
+
+
+def _put(resting: dict[str, torch.Tensor], device: torch.device | None, layer: torch.nn.Module, *_) -> None:
+    # Copies of resting weights on the device, or these themselves, as a layer's.
+    for name, data in resting.items():
+        layer.get_parameter(name).data = data if device is None else data.to(device, non_blocking=True)

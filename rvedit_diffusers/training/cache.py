@@ -232,7 +232,7 @@ def fill_cache(
 def _move_encoders(pipe: RVEDiTPipeline, device: torch.device) -> None:
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     parameters = [parameter for module in modules for parameter in module.parameters()]
-    size = sum(parameter.nbytes for parameter in parameters if parameter.device != device)
+    size = sum(parameter.nbytes for parameter in parameters if parameter.device.type != device.type)
     if device.type == "cuda" and size > 0.7 * torch.cuda.mem_get_info(device)[0]:
         pipe.enable_model_cpu_offload(device=device)  # one after the other
     else:
@@ -250,7 +250,8 @@ def cached_null_text(
     path = Path(folder) / f"{hashlib.sha256(f'{model_key}no instruction'.encode()).hexdigest()}.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        if device is not None and get_module_execution_device(pipe.text_encoder) != device:
+        runs_on = get_module_execution_device(pipe.text_encoder)
+        if text != "ids" and device is not None and runs_on.type != device.type:
             pipe.text_encoder.to(device)
         _write(path, encode_texts(pipe, [""], text)[0])
     return _read(path, text_length(pipe))
