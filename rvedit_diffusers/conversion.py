@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig
@@ -266,7 +266,7 @@ def convert_transformer(
         seed (`int`, defaults to 0): Of the new keys' projections.
 
     Raises:
-        ValueError: `source` lacks weights of the base, or has others.
+        ValueError: `source` lacks weights of the base, or has others; or the disk is too small.
     """
     source, target = Path(source), Path(target)
     with torch.device("meta"):
@@ -275,7 +275,7 @@ def convert_transformer(
     with ExitStack() as stack:
         weights = {}
         for path in _weight_files(source):
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file = stack.enter_context(_open_weights(path))
             weights |= {name: (file.get_tensor, file.get_slice(name)) for name in file.keys()}
 
         # 1. Nothing is missing, left over, of another shape or of a format that cannot be read
@@ -312,12 +312,13 @@ def convert_transformer(
             return F.linear(hidden, read["2.weight"], read["2.bias"])
 
         # 3. All of it, shard by shard
+        target.mkdir(parents=True, exist_ok=True)
+        _check_space(sum(math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()), target)
         plan = split_torch_state_dict_into_shards(
             {name: torch.empty(shape, dtype=dtypes[name], device="meta") for name, shape in shapes.items()},
             filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
             max_shard_size=max_shard_size,
         )
-        target.mkdir(parents=True, exist_ok=True)
         for filename, names in tqdm(plan.filename_to_tensors.items(), desc="transformer", unit="shard"):
             shard = {name: value(name).to(dtypes[name]).contiguous() for name in names}
             save_file(shard, target / filename, metadata={"format": "pt"})
@@ -370,16 +371,17 @@ def convert(
         ) from error
     if Path(conversion.wan).is_dir():
         for name in ("transformer", "text_encoder", "vae"):
-            _weight_files(Path(conversion.wan, name))
+            _check_weights(_weight_files(Path(conversion.wan, name)))
     if Path(conversion.mllm).is_dir():
-        _weight_files(Path(conversion.mllm))
+        _check_weights(_weight_files(Path(conversion.mllm)))
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         counts = conversion.parameters.counts()
-        _check_space((counts["mapped"] + counts["new"]) * (4 if dtype == torch.float32 else 2), partial)
+        least = dtype or torch.float16  # before anything is downloaded; what its own dtypes take is known after that
+        _check_space((counts["mapped"] + counts["new"]) * least.itemsize, partial)
 
         # 2. The parts that are made
         folder = _fetch_weights("wan", conversion.wan, conversion.wan_folder, "transformer/")
@@ -498,6 +500,20 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def _open_weights(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _check_weights(files: list[Path]) -> None:
+    for path in files:
+        if path.suffix == ".safetensors":
+            with _open_weights(path):
+                pass
+
+
 def _unchanged_files(folder: Path, is_model: bool, patterns: Iterable[str] = SMALL_FILES) -> list[Path]:
     files = {path for path in folder.iterdir() if any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)}
     if is_model:
@@ -508,6 +524,7 @@ def _unchanged_files(folder: Path, is_model: bool, patterns: Iterable[str] = SMA
 
 def _carry_over(files: list[Path], target: Path, link: bool) -> None:
     target.mkdir(exist_ok=True)
+    _check_weights(files)
     size = 0 if link else sum(path.stat().st_size for path in files)
     _check_space(size, target)
     for path in tqdm(files, desc=target.name, unit="file"):

@@ -22,6 +22,7 @@ class HubServer(ThreadingHTTPServer):
         repositories: By name, whether each is private and its commits, each of them the contents of files by path.
         objects: Contents of large files by their sha256, whether committed or not.
         sent: How often each large file has arrived whole, by its sha256.
+        asked: The query and the message of each commit.
         lost_after: The connection breaks in the upload after so many large files, and stays broken until this is
             `None` again.
     """
@@ -31,7 +32,7 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.repositories, self.objects, self.sent = {}, {}, Counter()
+        self.repositories, self.objects, self.sent, self.asked = {}, {}, Counter(), []
         self.lost_after = None
         self.lock = threading.Lock()
 
@@ -215,7 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, name: str, lines: list[dict]) -> None:
         files, deleted = {}, []
         for key, value in ((line["key"], line["value"]) for line in lines):
-            if key == "file":
+            if key == "header":
+                self.server.asked.append((urlsplit(self.path).query, value["summary"]))
+            elif key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":
                 if value["oid"] not in self.server.objects:
@@ -224,4 +227,6 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "deletedFile":
                 deleted.append(value["path"])
         sha = self.server.commit(name, files, tuple(deleted))
-        self.answer({"commitUrl": f"{self.server.endpoint}/{name}/commit/{sha}", "commitOid": sha})
+        page = f"{self.server.endpoint}/{name}"
+        asked = {"pullRequestUrl": f"{page}/discussions/1"} if "create_pr=1" in urlsplit(self.path).query else {}
+        self.answer({"commitUrl": f"{page}/commit/{sha}", "commitOid": sha} | asked)

@@ -3,7 +3,6 @@
 import fcntl
 import json
 import math
-import os
 import shutil
 import sys
 import threading
@@ -449,16 +448,22 @@ def test_scripts_end_with_the_grid(machine, tmp_path):
         machine.call("good.py", {}, tmp_path / "log")
 
 
-def test_a_lock_is_held_as_long_as_a_script_runs(tmp_path):
+def test_a_lock_is_held_as_long_as_a_script_runs(machine, tmp_path):
     """As it has to be if the process that began it was killed."""
-    (tmp_path / "lock").touch()
     with open(tmp_path / "lock") as lock, open(tmp_path / "lock") as other:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        copy = os.dup(lock.fileno())  # what a child has
-        lock.close()
+        running = ablation.Machine(lock.fileno())
+        thread = threading.Thread(
+            target=lambda: pytest.raises(RuntimeError, running.call, "long.py", {}, tmp_path / "log")
+        )
+        thread.start()
+        while not running.children:
+            time.sleep(0.01)
+        lock.close()  # as if this process were gone
         with pytest.raises(BlockingIOError):
             fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.close(copy)
+        running.stop()
+        thread.join(30)
         fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

@@ -95,7 +95,11 @@ def test_clip_shows_every_frame_at_an_even_size():
     assert clip.dtype == np.uint8
     assert clip.shape[0] == NUM_FRAMES
     assert clip.shape[1] % 2 == clip.shape[2] % 2 == 0
-    assert len({frame.tobytes() for frame in clip}) == NUM_FRAMES
+    still = draw_attention_clip(np.repeat(source[:1], NUM_FRAMES, 0), [column])
+    for frames in (clip, still):  # the edit and its map move where the source does not
+        assert len({frame.tobytes() for frame in frames}) == NUM_FRAMES
+    column.edited[:] = column.edited[0]
+    assert len({frame.tobytes() for frame in draw_attention_clip(source, [column])}) == NUM_FRAMES
 
 
 def test_map_that_a_pipeline_lacks(tmp_path):

@@ -48,7 +48,10 @@ def test_ratios_are_those_of_the_times(result):
 
 def test_edits_run_in_bfloat16(monkeypatch):
     monkeypatch.setattr(inference, "default_dtype", lambda device: torch.bfloat16)
+    dtypes, build = [], inference.build_pipelines
+    monkeypatch.setattr(inference, "build_pipelines", lambda *given: dtypes.append(given[3]) or build(*given))
     inference.main([*TINY, "--parts", "edit"])
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_formulas_count_what_calls_do(result):

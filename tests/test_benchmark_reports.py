@@ -1,5 +1,6 @@
 """What memory.py and growth.py count, what plan.py predicts, and the page that is made of all results."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -60,7 +61,15 @@ def test_each_setting_of_memory_keeps_what_it_says(results):
         assert small["stages"][stage] < tiled["stages"][stage]
     assert [values["peak"] for values in found.values()] == [max(v["stages"].values()) for v in found.values()]
     assert everything["moved"] == 0 and models_in_turn["moved"] == sum(weights.values()) + weights["vae"]
-    assert groups["moved"] - models_in_turn["moved"] == 99 * weights["transformer"]
+    assert groups["moved"] - models_in_turn["moved"] == (2 * memory.STEPS - 1) * weights["transformer"]
+
+
+def test_tiles_of_a_large_clip_hold_less():
+    large = dataclasses.replace(TINY, latent_size=(1, 64, 64))  # diffusers' tiles are of 256 pixels
+    whole, tiled = (memory.stage_bytes(large, each) for each in (False, True))
+    for stage in ("encode", "decode"):
+        assert tiled[stage] < 0.7 * whole[stage]
+    assert all(tiled[stage] == whole[stage] for stage in ("text", "tokens", "denoise"))
 
 
 def test_two_blocks_of_a_streamed_model_are_on_the_device():
@@ -123,12 +132,23 @@ def test_a_plan_counts_the_states_that_a_training_has(training_type):
     assert two - many == pytest.approx(states * (1 / 2 - 1 / 64))
 
 
-def test_flops_of_a_plan_are_those_of_the_step():
-    """But for what formulas leave out: the heads of the alignment."""
-    args = training.parse_args(["--preset", "tiny", "--device", "meta", "--training_type", "full"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training_type", ["lora", "full"])
+def test_flops_of_a_plan_are_those_of_the_step(training_type, checkpointing):
+    """But for what formulas leave out: LoRA's own products."""
+    options = ["--preset", "tiny", "--device", "meta", "--training_type", training_type]
+    args = training.parse_args(options + ["--gradient_checkpointing"] * checkpointing)
     counted = training.count_flops(args)["plain"]
-    predicted = sum(plan.step_flops(TINY, "full", checkpointing=False, aligned=False).values())
-    assert predicted == pytest.approx(counted, rel=0.05)
+    predicted = sum(plan.step_flops(TINY, training_type, checkpointing, aligned=False).values())
+    assert predicted == pytest.approx(counted, rel=0.05 if training_type == "full" else 0.2)
+
+
+def test_what_gpus_send_each_other_is_that_of_a_ring():
+    gpu = plan.GPUS["h100"]
+    assert plan.traffic(5, 3, 1, gpu, "ddp") == 0
+    assert plan.traffic(5, 3, 4, gpu, "ddp") == pytest.approx(2 * 4 * 3 * (3 / 4) / gpu.near)
+    assert plan.traffic(5, 3, 4, gpu, "fsdp2") == pytest.approx((4 * 3 + 2 * 2 * 5) * (3 / 4) / gpu.near)
+    assert plan.traffic(5, 3, 16, gpu, "ddp") == pytest.approx(2 * 4 * 3 * (15 / 16) / gpu.far)
 
 
 def test_a_plan_is_checked_against_what_was_measured(results, tmp_path, capsys):

@@ -1,10 +1,12 @@
 import dataclasses
+import inspect
 import json
 import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -391,6 +393,13 @@ def test_linked_files_are_those_of_the_bases(bases, converted, tmp_path):
     RVEDiTPipeline.from_pretrained(tmp_path / "out")
 
 
+def test_a_converted_pipeline_edits_with_wans_own_steps_and_guidance(wan, converted):
+    pipe = RVEDiTPipeline.from_pretrained(converted / wan.name)
+    own = {name: value.default for name, value in inspect.signature(WanPipeline.__call__).parameters.items()}
+    for name in ("num_inference_steps", "guidance_scale"):
+        assert pipe.config[f"default_{name}"] == own[name]
+
+
 def test_the_index_is_what_the_pipeline_itself_writes(wan, converted, tmp_path):
     folder = converted / wan.name
     pipe = RVEDiTPipeline.from_pretrained(folder)
@@ -583,10 +592,29 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(broken, cap
     broken.refused(capsys, "does not hold the weights that its config.json describes", "blocks.")
 
 
-def test_an_unreadable_file_is_named(broken, capsys):
-    path = sorted((broken.wan / "transformer").glob("*.safetensors"))[0]
+@pytest.mark.parametrize("folder", ["wan/transformer", "wan/text_encoder", "wan/vae", "mllm"])
+def test_an_unreadable_file_is_named(broken, capsys, monkeypatch, folder):
+    monkeypatch.setattr("rvedit_diffusers.conversion.convert_transformer", None)
+    path = sorted((broken.wan.parent / folder).glob("*.safetensors"))[0]
     path.write_bytes(path.read_bytes()[:50])
-    broken.refused(capsys)
+    broken.refused(capsys, f"{path} cannot be read as safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_disk_that_is_too_small_is_told(broken, capsys, monkeypatch, dtype):
+    """Of a base in float32, in whatever dtype it is written."""
+    plan = plan_conversion(broken.wan, broken.mllm)
+    convert(plan, broken.output, None if dtype == "auto" else torch.bfloat16)
+    size = sum(tensor.nbytes for tensor in read(broken.output / "transformer").values())
+    shutil.rmtree(broken.output)
+    for free, is_enough in ((size - 1, False), (100 * size, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
+        if is_enough:
+            init_from_wan.main(
+                [f"--wan={broken.wan}", f"--mllm={broken.mllm}", f"--output={broken.output}", f"--dtype={dtype}"]
+            )
+        else:
+            broken.refused(capsys, "`output` needs", "for transformer", arguments=[f"--dtype={dtype}"])
 
 
 def test_wrong_numbers_are_refused(broken, capsys):

@@ -322,6 +322,21 @@ def test_quantized_components_are_small_and_edit_alike(folder, plain, quantizati
         weights = [getattr(owner, name).get_submodule(LINEAR[name]).weight for owner in (pipe, plain)]
         assert stored_bytes_of(weights[0]) < 0.5 * stored_bytes_of(weights[1]), name
     assert_near(edit(pipe), edit(plain), atol=0.25)
+    assert_encodes_alike(pipe, plain)
+
+
+def assert_encodes_alike(pipe, plain):
+    """An edit of these untrained models would hardly show another text."""
+    for encoded in zip(*(encode(each) for each in (pipe, plain)), strict=True):
+        found, expected = (each.float().flatten() for each in encoded)
+        assert torch.cosine_similarity(found, expected, dim=0) > 0.95
+
+
+@torch.no_grad()
+def encode(pipe):
+    (text, _), tokens = pipe.encode_prompt("make it red"), pipe.encode_tokens([make_clip()], ["make it red"])
+    length = int(text.any(-1).sum())  # what follows is padding
+    return [text[:, :length], *tokens[:2]]
 
 
 def stored_bytes_of(weight):
@@ -352,6 +367,7 @@ def test_quantization_backend_by_name(folder, plain):
     pipe = load(folder, quantization_config=config)
     assert pipe.mllm.is_loaded_in_4bit and pipe.text_encoder.is_loaded_in_4bit
     assert_near(edit(pipe), edit(plain), atol=0.25)
+    assert_encodes_alike(pipe, plain)
 
 
 # ---- Compilation ----

@@ -19,6 +19,9 @@ from rvedit_diffusers.video import read_video, write_video
 
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import edit_video  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,48 @@ def test_offloaded_weights_give_the_same_edit(run, model, offload):
         options = ["--device", "cpu", "--offload", name, "--output", f"{name}.mp4"]
         assert run("clip.mp4", "make it red", "--model", model, *options)[0] == 0
     assert np.array_equal(*(read_video(f"{name}.mp4").frames for name in ("none", offload)))
+
+
+class Placed:
+    """Stands for a pipeline of weights of some sizes, in bytes; `called` is where it was put."""
+
+    def __init__(self, *sizes):
+        names = map(str, range(len(sizes)))
+        self.components = {
+            n: torch.nn.Linear(size // 4, 1, bias=False, device="meta") for n, size in zip(names, sizes)
+        }
+
+    def to(self, device):
+        self.called = "none"
+
+    def enable_model_cpu_offload(self, device):
+        self.called = "model"
+
+    def enable_group_offload(self, device, offload_type, use_stream):
+        self.called = "group"
+
+
+@pytest.mark.parametrize(
+    "sizes, wanted", [((300, 400), "none"), ((300, 404), "model"), ((700, 300), "model"), ((704, 4), "group")]
+)
+def test_what_rests_elsewhere_is_chosen_by_what_fits(monkeypatch, sizes, wanted):
+    """On a GPU with 1,000 bytes free, 70 % of which weights may fill."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    pipe = Placed(*sizes)
+    edit_video.place(pipe, torch.device("cuda"), "auto")
+    assert pipe.called == wanted
+    edit_video.place(pipe, torch.device("cpu"), "auto")
+    assert pipe.called == "none"
+    for name in ("none", "model", "group"):
+        edit_video.place(pipe, torch.device("cuda"), name)
+        assert pipe.called == name
+
+
+def test_the_clips_rate_reaches_the_pipeline(run, model, monkeypatch):
+    rates, call = [], RVEDiTPipeline.__call__
+    monkeypatch.setattr(RVEDiTPipeline, "__call__", lambda *a, **k: rates.append(k["fps"]) or call(*a, **k))
+    assert run("clip.mp4", "make it red", "--model", model)[0] == 0
+    assert rates == [pytest.approx(30000 / 1001)]
 
 
 def test_device_and_dtype(run, model):

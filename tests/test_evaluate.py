@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ sys.path.insert(0, str(SCRIPT.parent))
 
 import evaluate  # noqa: E402
 
+from rvedit_diffusers import RVEDiTPipeline  # noqa: E402
 from rvedit_diffusers.evaluation import (  # noqa: E402
     Level,
     PipelineEditor,
@@ -30,16 +32,23 @@ from rvedit_diffusers.evaluation import (  # noqa: E402
     model_name,
     pending_rounds,
     reconstruct,
+    score_rounds,
     summarize,
     values_of,
     weights_hash,
 )
 from rvedit_diffusers.evaluation.report import resampled_means  # noqa: E402
-from rvedit_diffusers.synthetic import BenchmarkItems, SyntheticEdits  # noqa: E402
+from rvedit_diffusers.synthetic import (  # noqa: E402
+    TEST_PHOTOS,
+    TRAIN_PHOTOS,
+    BenchmarkItems,
+    SyntheticEdits,
+)
 from rvedit_diffusers.training.sampler import generator  # noqa: E402
 
 
-SIZE = ("--num_frames=5", "--height=32", "--width=32")
+SMALL = {"num_frames": 5, "height": 32, "width": 32}
+SIZE = tuple(f"--{name}={value}" for name, value in SMALL.items())
 LEVELS = ("--levels=L0,L2", "--num_samples=3", "--batch_size=4", *SIZE)
 
 
@@ -275,7 +284,10 @@ def test_the_table_has_a_column_for_each_figure():
 def test_scores_of_levels(scored):
     found = results(scored)
     assert found["settings"].items() >= {"model": "run/pipeline", "seed": 0, "num_inference_steps": 2}.items()
-    assert found["settings"].items() >= {"guidance_scale": 3.0, "split": "test", "version": "0.1.0"}.items()
+    assert (
+        found["settings"].items()
+        >= {"guidance_scale": 3.0, "split": "test", "version": version("rvedit_diffusers")}.items()
+    )
     assert list(found["levels"]) == ["L0", "L2"]
     for row in found["levels"].values():
         assert row["n"] == 3 and sum(kind["n"] for kind in row["op_success_by_kind"].values()) == 3
@@ -392,6 +404,24 @@ def test_a_copy_of_the_source_never_succeeds(guard_rows):
         assert set(row["failures"]) == {"no edit"} and row["preserved_psnr"] is None
 
 
+@pytest.mark.parametrize("suite", [Level(BenchmarkItems("L2", 3, **SMALL)), SingleEdits(SyntheticEdits(3, **SMALL))])
+def test_every_edit_gets_its_own_clip_and_instruction(suite, tmp_path):
+    record, seen = ScoreRecord(tmp_path), []
+
+    def edit(tasks):
+        seen.extend(tasks)
+        return [task.target for task in tasks]
+
+    for _ in score_rounds(edit, build_vae(), pending_rounds([suite], 3, 4, {}), record):
+        pass
+    wanted = [item for index in range(3) for item in suite.draw(index)]
+    assert [task.instruction for task in seen] == [item.instruction for item in wanted]
+    for task, item in zip(seen, wanted, strict=True):
+        assert np.array_equal(task.source, item.source_frames) and np.array_equal(task.target, item.target_frames)
+    for entry in record.entries().values():
+        assert entry["scores"]["op_success"] == 1 and (not suite.twins or entry["twin"]["op_success"] == 1)
+
+
 def test_the_autoencoded_target_is_its_own_ceiling(guard_rows):
     assert guard_rows["vae-ceiling"]["settings"]["vae"] == "checkpoints/tiny"
     for row in guard_rows["vae-ceiling"]["levels"].values():
@@ -419,6 +449,25 @@ def test_single_edits_are_scored_by_operation(run, model, tmp_path):
         assert {"union_success", "outside_psnr", "vae_psnr"} <= row.keys()
     run(f"--model={model}", f"--output={tmp_path / 'unseen'}", *options, "--unseen_photos")
     assert results(tmp_path / "unseen")["settings"]["split"] == "test"
+
+
+def test_items_are_drawn_as_the_options_say():
+    def suites(*options):
+        args = evaluate.build_parser().parse_args([*options, "--output=none", *SIZE])
+        return evaluate.synthetic_suites(args)
+
+    for option, photos in (((), TRAIN_PHOTOS), (("--unseen_photos",), TEST_PHOTOS)):
+        assert suites("--operations", "grade", *option)[0].edits.scene_arguments["photos"] == photos
+    (level,) = suites("--levels=L1", "--kinds", "remove", "grade")
+    assert {operation.kind for index in range(6) for operation in level.draw(index)[0].operations} == {"remove"}
+
+
+def test_options_of_the_edit_reach_the_pipeline(run, model, tmp_path, monkeypatch):
+    calls, call = [], RVEDiTPipeline.__call__
+    monkeypatch.setattr(RVEDiTPipeline, "__call__", lambda *a, **k: calls.append(k) or call(*a, **k))
+    options = ("--num_inference_steps=1", "--guidance_scale=1.5", "--levels=L1", "--num_samples=1", *SIZE)
+    run(f"--model={model}", f"--output={tmp_path}", *options)
+    assert {(call["num_inference_steps"], call["guidance_scale"]) for call in calls} == {(1, 1.5)}
 
 
 def test_lora_weights_are_added(run, model, tmp_path):

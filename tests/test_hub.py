@@ -430,6 +430,22 @@ def test_a_repository_of_ours_is_brought_up_to_date(server, folder, capfd):
     assert server.sent.total() == len(server.sent)
 
 
+def test_weights_of_one_variant_replace_each_other_alone(server, folder, capfd):
+    transformer, single = build_pipeline().transformer, "transformer/diffusion_pytorch_model.safetensors"
+    (folder / single).unlink()
+    transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
+    main(capfd, folder, NAME)
+    shards = {name for name in server.files(NAME) if name.startswith("transformer/diffusion_pytorch_model")}
+    assert len(shards) > 2 and f"{single}.index.json" in shards
+    half = "transformer/diffusion_pytorch_model.fp16.safetensors"
+    server.commit(NAME, {half: b"weights in half precision"})
+    for name in shards:
+        (folder / name).unlink()
+    transformer.save_pretrained(folder / "transformer")
+    main(capfd, folder, NAME)
+    assert shards.isdisjoint(server.files(NAME)) and {single, half} <= server.files(NAME).keys()
+
+
 @pytest.mark.parametrize(
     "files",
     [
@@ -520,6 +536,18 @@ def test_save_pretrained_uploads_what_it_saves_and_our_card(server, pipe, tmp_pa
     pipe.save_pretrained(tmp_path / "edits", push_to_hub=True)
     assert server.files(NAME) == read_tree(tmp_path / "edits") | {".gitattributes": b""}
     assert_is_our_card(server.files(NAME)["README.md"])
+
+
+def test_a_pull_request_has_its_message_and_the_given_token(server, pipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    pipe.push_to_hub(NAME, commit_message="A better editor", token=TOKEN, create_pr=True)
+    pipe.save_pretrained(
+        tmp_path / "others", push_to_hub=True, commit_message="Better still", token=TOKEN, create_pr=True
+    )
+    assert server.asked == [("create_pr=1", "A better editor"), ("create_pr=1", "Better still")]
+    pipe.push_to_hub("third", token=TOKEN)
+    assert server.asked[2] == ("", "Upload RVEDiTPipeline")
 
 
 def test_a_card_on_the_hub_keeps_its_text(server, pipe):

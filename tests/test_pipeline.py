@@ -13,6 +13,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
@@ -661,6 +662,22 @@ def test_padding_is_not_merged_where_the_attention_takes_no_mask(pipe, clip):
     pipe.transformer.set_attention_backend("native")
     edit(pipe, clip, **texts)
     assert {text for text, _ in keys.counts} == {64}
+
+
+class OtherText(PipelineCallback):
+    tensor_inputs = ["prompt_embeds"]
+
+    def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+        return {"prompt_embeds": callback_kwargs["prompt_embeds"] + 1.0}
+
+
+@pytest.mark.parametrize("wrap", [lambda callback: callback, lambda callback: MultiPipelineCallbacks([callback])])
+def test_callback_objects_of_diffusers_say_what_they_read(shared_pipe, clip, wrap):
+    callback = OtherText(cutoff_step_ratio=None, cutoff_step_index=0)
+    found = edit(shared_pipe, clip, callback_on_step_end=wrap(callback))
+    names = {"callback_on_step_end_tensor_inputs": OtherText.tensor_inputs}
+    assert torch.equal(found, edit(shared_pipe, clip, callback_on_step_end=callback.callback_fn, **names))
+    assert not torch.allclose(found, edit(shared_pipe, clip), atol=1e-5)
 
 
 def test_text_of_the_callback_is_merged_anew(pipe, clip):

@@ -69,6 +69,19 @@ def test_options_of_scripts_exist(line, monkeypatch, capsys):
     assert named <= set(re.findall(r"--\w+", capsys.readouterr().out))
 
 
+@pytest.mark.parametrize(
+    "line", [line for line in shell_lines() if "examples/train.py" in line and "--plot" not in line]
+)
+def test_values_of_options_of_trainings_are_taken(line, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import train
+
+    words = shlex.split(line)[2:]
+    for name, value in (("--model", ROOT / "rvedit_diffusers" / "checkpoints" / "tiny"), ("--output", tmp_path)):
+        words[words.index(name) + 1] = str(value)
+    train.parse_args(words)
+
+
 def test_no_other_shell_lines():
     assert [line for line in shell_lines() if not line.startswith(("make ", "python "))] == []
 

@@ -24,7 +24,7 @@ from rvedit_diffusers.synthetic.backgrounds import WALLS
 from rvedit_diffusers.synthetic.levels import HELD_OUT_PAIRS, choices_of
 from rvedit_diffusers.synthetic.manifest import scene_to_json
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL, PLACES, apply_operations, follow
-from rvedit_diffusers.synthetic.scenes import STYLES, coverage, grade_frames, stylise_frames
+from rvedit_diffusers.synthetic.scenes import GRADES, STYLES, coverage, grade_frames, stylise_frames
 from rvedit_diffusers.synthetic.stage import HELD_OUT_LOOKS
 from rvedit_diffusers.synthetic.wording import clause, phrases, sentence, swapped_words, with_article
 
@@ -320,6 +320,32 @@ def test_styles_are_continuous_in_the_picture():
         assert 0 <= stylise_frames(frames, style).min() and stylise_frames(frames, style).max() <= 1
         assert change.max() < 1e-3
     assert np.array_equal(stylise_frames(frames, None), grade_frames(frames, None))
+
+
+def test_styles_are_what_they_are_called():
+    frames = np.random.default_rng(0).random((2, 32, 64, 3)).astype(np.float32)
+    assert np.array_equal(stylise_frames(frames, "negative"), 1 - frames)
+    tiles = stylise_frames(frames, "mosaic").reshape(2, 16, 2, 32, 2, 3)  # a sixteenth of the shorter side: 2 pixels
+    means = frames.reshape(2, 16, 2, 32, 2, 3).mean((2, 4), keepdims=True)
+    np.testing.assert_allclose(tiles, np.broadcast_to(means, tiles.shape), atol=1e-6)
+    ramp = np.repeat(np.linspace(0, 1, 10001, dtype=np.float32)[None, None, :, None], 3, -1)
+    levels = np.array([0, 1 / 3, 2 / 3, 1])
+    off = np.abs(stylise_frames(ramp, "poster")[..., None] - levels).min(-1)
+    assert (off < 0.02).mean() > 0.8  # but for what lies between two levels, where the filter is steep
+    step = np.zeros((1, 8, 8, 3), np.float32)
+    step[:, :, 4:] = 1
+    lines = stylise_frames(step, "sketch")[0, 0, :, 0]
+    assert lines.tolist() == [1, 1, 1, 0, 0, 1, 1, 1]
+
+
+def test_grades_are_what_they_are_called():
+    frames = np.random.default_rng(0).random((2, 8, 8, 3)).astype(np.float32)
+    mean = frames.mean((0, 1, 2))
+    graded = {grade: grade_frames(frames, grade).mean((0, 1, 2)) for grade in GRADES}
+    assert np.ptp(grade_frames(frames, "grey"), axis=-1).max() == 0
+    assert graded["warm"][0] - graded["warm"][2] > 0.2 + mean[0] - mean[2]
+    assert graded["cold"][2] - graded["cold"][0] > 0.2 + mean[2] - mean[0]
+    assert (graded["bright"] > mean + 0.1).all() and (graded["dark"] < 0.5 * mean).all()
 
 
 def test_relations_name_one_of_several():

@@ -168,6 +168,17 @@ def test_preservation_counts_only_where_the_edit_succeeded():
     assert done["preserved_psnr"] == done["outside_psnr"]
 
 
+def test_each_score_is_of_its_own_clip():
+    item = first("L2", "remove")
+    ceiling = noisy(item.target_frames)
+    scores = score(item.source_frames, item, ceiling)
+    assert scores["edit_recall"] == 0 and scores["flicker"] == flicker(item.source_frames, item.target_frames) > 0
+    assert scores["outside_ssim"] == ssim(item.source_frames, item.target_frames, item.outside)
+    assert scores["vae_ssim"] == ssim(ceiling, item.target_frames, item.outside) != scores["outside_ssim"]
+    assert scores["inside_psnr"] == psnr(item.source_frames, item.target_frames, item.mask)
+    assert scores["vae_inside_psnr"] == psnr(ceiling, item.target_frames, item.mask)
+
+
 def test_scores_are_flat_numbers_and_verdicts():
     item = first("L3", "recolour+remove")
     scores = score(item.target_frames, item, item.target_frames)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,8 @@ from rvedit_diffusers import (  # noqa: E402
     read_video,
     write_video,
 )
+from rvedit_diffusers.training import adapters  # noqa: E402
+from rvedit_diffusers.training.branches import EditingBranches  # noqa: E402
 
 
 BUCKET = "5x32x32"
@@ -488,12 +491,19 @@ def test_adapters_are_float32_over_a_bfloat16_base():
     assert all("lora_" in name for name, p in transformer.named_parameters() if p.requires_grad)
 
 
-def test_offloaded_weights_train_the_same_adapter(model, cache, tmp_path):
+def test_offloaded_weights_train_the_same_adapter(model, cache, tmp_path, monkeypatch):
+    moved, put = Counter(), adapters._put
+    monkeypatch.setattr(adapters, "_put", lambda *given: moved.update([given[1]]) or put(*given))
     options = ("--max_train_steps=2", "--gradient_checkpointing", *QUIET, *LORA)
     run(model, cache, tmp_path / "plain", *options)
     AcceleratorState._reset_state(reset_partial_state=True)
     run(model, cache, tmp_path / "offloaded", *options, "--group_offload")
     assert_equal(tmp_path / "plain" / "lora", tmp_path / "offloaded" / "lora")
+    count = sum("lora_A" in name for name in tensors(tmp_path / "plain" / "lora"))
+    # of each layer, in two steps: passes of the editing branch, again for its gradients, and of the reference branch
+    # as far as it goes; and back as often, and once at first
+    there, back = moved[torch.device("cpu")], moved[None]
+    assert 2 * 2 * count < there <= 2 * 3 * count and back == there + count
 
 
 def test_weights_in_fp8_train_nearly_the_same_adapter(model, cache, tmp_path):
@@ -513,12 +523,97 @@ def test_trains_with_other_optimizers(model, cache, tmp_path, optimizer):
 
 
 @pytest.mark.parametrize("loss", ["infonce", "contrast", "cosine", "relational"])
-@pytest.mark.parametrize("latents", ["source", "reference"])
-def test_every_way_to_align_trains(model, cache, tmp_path, loss, latents):
-    options = (f"--align_loss={loss}", f"--align_reference_latents={latents}", "--align_blocks", "0", "2")
-    log = run(model, cache, tmp_path, "--max_train_steps=1", *options, *QUIET, *LORA)
-    assert (log[0]["align"] > 0) == (loss != "relational")  # the relations are alike at first, up to the margin
-    assert ("information_nats" in log[0]) == (loss in ("infonce", "contrast"))
+def test_every_way_to_align_trains(model, cache, tmp_path, loss):
+    found = set()
+    for latents in ("source", "reference"):
+        options = (f"--align_loss={loss}", f"--align_reference_latents={latents}", "--align_blocks", "0", "2")
+        log = run(model, cache, tmp_path / latents, "--max_train_steps=1", *options, *QUIET, *LORA)
+        assert (log[0]["align"] > 0) == (loss != "relational")  # the relations are alike at first, up to the margin
+        assert ("information_nats" in log[0]) == (loss in ("infonce", "contrast"))
+        found.add(log[0]["align"])
+    assert len(found) == (1 if loss == "relational" else 2)
+
+
+def test_the_alignment_is_learned_with_its_weight_which_rises(model, cache, tmp_path):
+    ways = {
+        "none": ("--align_weight=0",),
+        "little": ("--align_weight=1", "--align_warmup_steps=1000000"),
+        "whole": ("--align_weight=1",),
+        "warmer": ("--align_weight=1", "--align_temperature=1"),
+    }
+    found = {}
+    for name, options in ways.items():
+        run(model, cache, tmp_path / name, "--max_train_steps=2", "--optimizer=SGD", *options, *QUIET, *LORA)
+        layers = tensors(tmp_path / name / "lora")
+        found[name] = torch.cat([layers[key].flatten() for key in sorted(layers) if "lora_B" in key])
+    size = found["none"].norm()
+    assert (found["little"] - found["none"]).norm() < 1e-3 * size
+    assert (found["whole"] - found["none"]).norm() > 0.01 * size
+    assert (found["warmer"] - found["whole"]).norm() > 0.01 * size
+
+
+def test_what_changes_weighs_more(model, cache, tmp_path):
+    options = ("--max_train_steps=1", "--align_weight=0", *QUIET, *LORA)
+    flow = [run(model, cache, tmp_path / w, *options, f"--edit_weight={w}")[0]["flow"] for w in ("0", "10")]
+    assert flow[0] != flow[1]
+
+
+def test_gradients_are_clipped_unless_told_otherwise(model, cache, tmp_path):
+    sizes = {}
+    for most in ("0.001", "0"):
+        options = ("--optimizer=SGD", "--weight_decay=0", "--learning_rate=1", f"--max_grad_norm={most}")
+        run(model, cache, tmp_path / most, "--max_train_steps=1", "--lr_warmup_steps=0", *options, *QUIET, *LORA)
+        layers = tensors(tmp_path / most / "lora")
+        sizes[most] = torch.cat([layers[key].flatten() for key in layers if "lora_B" in key]).norm()
+    assert 5e-4 < sizes["0.001"] <= 1.001e-3 < 0.1 * sizes["0"]  # the heads have their part of the norm
+
+
+def test_samples_are_drawn_as_the_options_say(model, cache, tmp_path, monkeypatch):
+    given, draw = [], train.Draws
+    monkeypatch.setattr(train, "Draws", lambda *values: given.append(draw(*values)) or given[-1])
+    options = ("--sigma_shift=2", "--drop_instruction=0.3", "--drop_all=0.2", "--align_tokens=7", "--seed=5")
+    run(model, cache, tmp_path, "--max_train_steps=1", *options, *QUIET, *LORA)
+    (draws,) = given
+    assert (draws.seed, draws.sigma_shift, draws.drop_instruction, draws.drop_all) == (5, 2.0, 0.3, 0.2)
+    assert draws.num_positions == 7
+
+
+def test_a_compiled_and_a_checkpointed_training_are_the_plain_one(model, cache, tmp_path, monkeypatch):
+    seen, forward = [], EditingBranches.forward
+
+    def see(branches, batch):
+        seen.append((branches.transformer.gradient_checkpointing, branches.transformer.blocks[0]._compiled_call_impl))
+        return forward(branches, batch)
+
+    monkeypatch.setattr(EditingBranches, "forward", see)
+    compile_blocks = RVEDiTTransformer3DModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        RVEDiTTransformer3DModel,
+        "compile_repeated_blocks",
+        lambda model: compile_blocks(model, backend="eager", fullgraph=True),
+    )
+    logs = {}
+    for option in (None, "--gradient_checkpointing", "--compile"):
+        options = ("--max_train_steps=2", "--mixed_precision=no", *[option] * (option is not None))
+        logs[option] = run(model, cache, tmp_path / str(option), *options, *QUIET, *LORA)
+    checkpointing, compiled = zip(*seen)
+    assert checkpointing == (False, False, True, True, False, False)
+    assert [each is not None for each in compiled] == [False] * 4 + [True] * 2
+    for log in logs.values():
+        assert [entry["flow"] for entry in log] == pytest.approx([entry["flow"] for entry in logs[None]], rel=1e-4)
+
+
+def test_other_pairs_validate(model, table, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    write_video(other / "clip.mp4", make_clip(12, seed=9), fps=8)
+    (other / "metadata.csv").write_text("source,edited,instruction\nclip.mp4,clip.mp4,leave it\n")
+    options = (f"--train_data={table}", f"--validation_data={other}", "--train_batch_size=2", "--validation_steps=1")
+    log = run(model, tmp_path / "cache", tmp_path / "out", "--max_train_steps=1", *options, "--report_to=none", *LORA)
+    assert log[0]["validation_flow"] > 0
+    assert [path.name for path in (tmp_path / "out" / "validation" / "step-000001").glob("*.png")] == [
+        "0-leave-it.png"
+    ]
 
 
 def test_aligned_with_a_twin_or_with_another_pair_it_trains(model, tmp_path):
@@ -766,7 +861,10 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"ema_decay": 1.5}', "--ema_decay"),
         ('{"lora_targets": ["to_x"]}', "to_x"),
         ('{"align_blocks": [7]}', "align_blocks"),
-        ('{"training_type": "full", "layerwise_casting": true}', "--layerwise_casting"),
+        (
+            '{"training_type": "full", "layerwise_casting": true, "gradient_checkpointing": true}',
+            "are for frozen weights",
+        ),
         ('{"group_offload": true}', "--group_offload needs --gradient_checkpointing"),
         ('{"layerwise_casting": true}', "--layerwise_casting needs --gradient_checkpointing"),
         ('{"push_to_hub": true}', "--hub_model_id"),
@@ -784,7 +882,10 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"stage": "connect", "columns": "kiwi-edit"}', "--columns kiwi-edit"),
         ('{"stage": "connect", "levels": ["L1"]}', "--levels"),
         ('{"levels": ["L1"], "operations": ["remove"]}', "--operations"),
-        ('{"levels": ["L1"], "train_data": "pairs.csv"}', "--levels"),
+        (
+            '{"levels": ["L1"], "train_data": "pairs.csv", "buckets": "5x32x32"}',
+            "--levels is for --train_data synthetic",
+        ),
         ('{"kinds": ["grade"]}', "--kinds is for --levels"),
         ('{"levels": ["L1", "L4"], "kinds": ["remove", "grade"]}', "L4 has none of"),
         ('{"levels": ["OOD"]}', "--levels"),
@@ -799,7 +900,8 @@ def test_wrong_options_end_before_anything_is_encoded(model, tmp_path, capsys, v
     config.write_text(values)
     with pytest.raises(SystemExit) as error:
         train.main([f"--model={model}", f"--output={tmp_path / 'out'}", f"--config={config}"])
-    assert error.value.code == 2 and word in capsys.readouterr().err
+    said = capsys.readouterr().err.rpartition("error:")[2]  # behind the usage, which names every option
+    assert error.value.code == 2 and word in said
     assert not (tmp_path / "out").exists()
 
 

@@ -23,6 +23,7 @@ from rvedit_diffusers.training.memory import (
     estimate_memory,
     num_bytes,
     pair_tensors,
+    state_bytes,
     step_bytes,
 )
 from rvedit_diffusers.training.options import computes_in_bfloat16
@@ -177,6 +178,15 @@ def test_parameters_take_what_they_take(training_type, optimizer_class, settings
     assert memory["ema"] == sum(tensor.numel() * tensor.element_size() for tensor in ema.shadow_params)
     parts = ("weights", "optimizer", "ema", "activations_and_gradients")
     assert memory["total"] == sum(memory[name] for name in parts)
+
+
+@pytest.mark.parametrize(
+    "name, settings, wanted",
+    [("adamw", {}, 8), ("adamw8bit", {}, 2), ("muon", {}, 4), ("SGD", {}, 0), ("SGD", {"momentum": 0.9}, 4)],
+)
+def test_states_are_counted_by_optimizer(name, settings, wanted):
+    assert state_bytes(name, **settings) == wanted
+    assert state_bytes("Adafactor") < 0.1  # a row and a column
 
 
 @pytest.mark.parametrize("with_ema", [False, True])

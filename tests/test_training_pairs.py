@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 
-from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_LEVELS, TRAIN_PHOTOS, BenchmarkItems
+from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_LEVELS, TRAIN_PHOTOS, BenchmarkItems, SyntheticEdits
 from rvedit_diffusers.synthetic.wording import swapped_words
 from rvedit_diffusers.training.data import Bucket
-from rvedit_diffusers.training.pairs import BenchmarkPairs
+from rvedit_diffusers.training.pairs import BenchmarkPairs, FilePairs, SyntheticPairs
 
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
@@ -70,3 +70,18 @@ def test_held_out_pairs_are_of_other_scenes_over_the_same_photographs(pairs):
     assert {held_out.key(i) for i in range(14)}.isdisjoint(pairs.key(i) for i in range(28))
     scene = held_out.items[0].scene
     assert scene.photos == TRAIN_PHOTOS and not set(scene.photos) & set(TEST_PHOTOS)
+
+
+def test_held_out_files_are_not_trained_on():
+    pairs = FilePairs([f"plan {index}" for index in range(20)])
+    kept, held_out = pairs.hold_out(4, seed=1)
+    assert len(held_out) == 4 and sorted(kept.plans + held_out.plans) == sorted(pairs.plans)
+    assert pairs.hold_out(4, seed=1)[1].plans == held_out.plans != pairs.hold_out(4, seed=2)[1].plans
+
+
+@pytest.mark.parametrize("captioned", [False, True])
+def test_held_out_edits_are_of_other_scenes(captioned):
+    pairs = SyntheticPairs(SyntheticEdits(3, **SIZE), 8, 8.0, captioned)
+    kept, held_out = pairs.hold_out(4, seed=1)
+    assert len(held_out) == 4 and held_out.captioned == captioned
+    assert {held_out.key(index) for index in range(4)}.isdisjoint(kept.key(index) for index in range(len(kept)))

@@ -457,3 +457,14 @@ def test_a_missing_ffmpeg_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", find_none)
     with pytest.raises(OSError, match="there is no ffmpeg: install it"):
         read_video(tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize("read", [read_video, probe_video])
+def test_a_killed_ffmpeg_says_nothing_of_the_clip(tmp_path, monkeypatch, read):
+    write_video(tmp_path / "clip.mp4", np.zeros((3, 16, 16, 3), np.uint8), 8)
+    program = tmp_path / "ffmpeg"
+    program.write_text("#!/bin/sh\nkill -KILL $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(program))
+    with pytest.raises(InterruptedError, match="ffmpeg was stopped"):
+        read(tmp_path / "clip.mp4")

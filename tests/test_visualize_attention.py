@@ -98,12 +98,15 @@ def test_pipelines_side_by_side(run, model, everywhere):
 
 
 def test_options_change_the_maps(run, model):
-    pictures = {}
+    pictures, tables = {}, {}
     options = {"--step": 1, "--seed": 1, "--num_inference_steps": 3, "--guidance_scale": 1, "--num_frames": 3}
     for option, value in ({"--device": "cpu"} | options).items():
-        assert run(*EDIT, "--model", model, "--output", option[2:], option, value)[0] == 0
+        status, out, _, _ = run(*EDIT, "--model", model, "--output", option[2:], option, value)
+        assert status == 0
         pictures[option] = Path(option[2:], "block_1.png").read_bytes()
+        tables[option] = tuple(re.findall(r"^ +\d.*$", out, re.MULTILINE))  # the picture names its step as well
     assert len(set(pictures.values())) == len(pictures)
+    assert len(set(tables.values())) == len(tables)
 
 
 def test_lora_and_offload(run, model, tmp_path):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from ..pipeline_rvedit import RVEDiTPipeline
 from .cache import text_length
 from .data import Bucket
+from .optimizers import build_optimizer
 from .pairs import EditPairs
 from .samples import Draws
 
@@ -149,21 +150,33 @@ def step_bytes(
     return live.peak
 
 
+def state_bytes(optimizer: str, /, **settings) -> float:
+    """Bytes of an optimizer's state for each trained number of a matrix; see [`build_optimizer`] for the arguments."""
+    if optimizer == "adamw8bit":
+        return 2  # of small tensors, which it keeps in float32, a trial would tell something else
+    side = 256
+    weight = nn.Parameter(torch.zeros(side, side))
+    weight.grad = torch.zeros_like(weight)
+    trial = build_optimizer(optimizer, [weight], [weight], 1e-3, 0.0, **settings)
+    trial.step()
+    states = [value for entry in trial.state.values() for value in entry.values() if isinstance(value, torch.Tensor)]
+    return num_bytes(state for state in states if state.numel() > 1) / side**2
+
+
 def estimate_memory(
     module: nn.Module,
     sample: dict[str, torch.Tensor],
     batch_size: int = 1,
     accumulation: int = 1,
     autocast_dtype: torch.dtype | None = torch.bfloat16,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: float = 8,
     ema: bool = False,
 ) -> dict[str, int]:
     """Bytes that a training takes of the accelerator's memory, for one process that shards nothing.
 
     Args:
         module, sample, batch_size, accumulation, autocast_dtype: See [`step_bytes`].
-        optimizer_bytes (`int`, defaults to 8): The optimizer's state for each trained number: 8 for AdamW, 4 for Muon
-            and for SGD with momentum, 2 for AdamW in 8 bits.
+        optimizer_bytes (`float`, defaults to 8): The optimizer's state for each trained number, see [`state_bytes`].
         ema (`bool`, defaults to `False`): Whether there is a moving average of what is trained.
 
     Returns:
@@ -173,21 +186,22 @@ def estimate_memory(
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     memory = {
         "weights": num_bytes([*module.parameters(), *module.buffers()]),
-        "optimizer": optimizer_bytes * sum(parameter.numel() for parameter in trained),
+        "optimizer": round(optimizer_bytes * sum(parameter.numel() for parameter in trained)),
         "ema": num_bytes(trained) if ema else 0,
         "activations_and_gradients": step_bytes(module, sample, batch_size, accumulation, autocast_dtype),
     }
     return memory | {"total": sum(memory.values())}
 
 
-def checkpoint_bytes(module: nn.Module, optimizer_bytes: int = 8, ema: bool = False) -> int:
+def checkpoint_bytes(module: nn.Module, optimizer_bytes: float = 8, ema: bool = False) -> int:
     """Bytes that a checkpoint takes on disk, but for headers and settings: what is trained and the optimizer's state.
 
     Args:
         module, optimizer_bytes, ema: See [`estimate_memory`].
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return num_bytes(trained) * (2 if ema else 1) + optimizer_bytes * sum(parameter.numel() for parameter in trained)
+    states = round(optimizer_bytes * sum(parameter.numel() for parameter in trained))
+    return num_bytes(trained) * (2 if ema else 1) + states
 
 
 def describe_needs(
@@ -223,7 +237,7 @@ def describe_needs(
     drawn = draws(0, pair["latents"].shape)
     if args.align_weight == 0 and args.stage == "edit":
         del drawn["align_positions"]
-    optimizer_bytes = {"adamw8bit": 2, "muon": 4, "SGD": 4}.get(args.optimizer, 8)
+    optimizer_bytes = state_bytes(args.optimizer, **args.optimizer_args)
     memory = estimate_memory(
         branches,
         pair | drawn,
