@@ -114,6 +114,31 @@ def test_the_hub_shows_where_the_pipeline_comes_from(way_there, number):
         assert record[part] == {"source": f"bases/{family}", "revision": server.sha(f"bases/{family}")}
 
 
+@pytest.mark.parametrize("number", [0, 3], ids=[NAMES[0], NAMES[3]])  # each base once
+def test_the_way_to_an_editor_is_that_of_the_readme(way_there, tmp_path, number):
+    _, work, _ = way_there
+    common = TRAINING | {"cache_dir": tmp_path / "encoded", "max_train_steps": 2, "num_validation_pairs": 1}
+    connect = {
+        "stage": "connect",
+        "validation_steps": 2,
+        "model": work / NAMES[number],
+        "output": tmp_path / "connect",
+    }
+    del (options := common | connect)["lora_rank"]
+    train.main([f"--{key}={value}" for key, value in options.items()])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    log = [json.loads(line) for line in (tmp_path / "connect" / "log.jsonl").read_text().splitlines()]
+    assert log[0]["validation_flow_base"] > 0 and log[-1]["validation_flow"] > 0
+    options = common | {"model": tmp_path / "connect" / "pipeline", "output": tmp_path / "edit"}
+    train.main([f"--{key}={value}" for key, value in (options | {"train_distiller": "connectors"}).items()])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before, after = (RVEDiTPipeline.from_pretrained(tmp_path / name / "pipeline") for name in ("connect", "edit"))
+    connectors = [pipe.distiller.visual_connector.state_dict() for pipe in (before, after)]
+    assert any((connectors[1][name] != value).any() for name, value in connectors[0].items())
+    after.load_lora_weights(tmp_path / "edit" / "lora")
+    assert np.isfinite(edit(after, work / "clip.mp4")).all()
+
+
 @pytest.mark.parametrize(
     "way", [way if way == "plugin" else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
 )

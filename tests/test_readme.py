@@ -11,6 +11,8 @@ import pytest
 from components import make_clip
 from huggingface_hub import ModelCard
 
+from rvedit_diffusers.evaluation.ablation import SUCCESS, Ablation, read_outcomes
+from rvedit_diffusers.evaluation.report import MEAN_LEVELS
 from rvedit_diffusers.model_card import check_model_card
 from rvedit_diffusers.video import write_video
 
@@ -80,6 +82,21 @@ def test_values_of_options_of_trainings_are_taken(line, tmp_path, monkeypatch):
     for name, value in (("--model", ROOT / "rvedit_diffusers" / "checkpoints" / "tiny"), ("--output", tmp_path)):
         words[words.index(name) + 1] = str(value)
     train.parse_args(words)
+
+
+def test_figures_of_the_ablation_are_those_of_its_runs():
+    ablation = Ablation(list(read_outcomes(ROOT / "docs" / "ablation_trained_text.json").values()), "uniform")
+
+    def points(row):
+        return [f"{100 * value:.1f}" for value in ablation.difference(row, "uniform", SUCCESS, MEAN_LEVELS)]
+
+    mean, low, high = points("routed")
+    behind = f"is {mean.removeprefix('-')} points behind ({high.removeprefix('-')} to {low.removeprefix('-')};"
+    (of_aligned, *aligned), (of_edit, *edit) = points("uniform-source"), points("edit-only")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert behind in text
+    assert f"({of_aligned} points for the one that reads everything, from {' to '.join(aligned)})" in text
+    assert f"({of_edit} points, from {' to '.join(edit)}, two seeds)" in text
 
 
 def test_no_other_shell_lines():
