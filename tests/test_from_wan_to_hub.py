@@ -144,9 +144,9 @@ def test_the_way_to_an_editor_is_that_of_the_readme(way_there, tmp_path, number)
 )
 def test_all_four_come_back_and_edit_as_before(way_there, tmp_path, way):
     server, work, results = way_there
-    lora = work / "runs" / NAMES[0] / "lora"
-    found = edit_in(way, NAMES, server.endpoint, tmp_path / "work", work / "clip.mp4", str(lora), prompt=PROMPT)
+    loras = [str(work / "runs" / name / "lora") for name in NAMES]
+    found = edit_in(way, NAMES, server.endpoint, tmp_path / "work", work / "clip.mp4", loras, prompt=PROMPT)
     for result, expected in zip(found, results, strict=True):
         np.testing.assert_allclose(result["loaded"], expected["loaded"], atol=1e-5)
         np.testing.assert_allclose(result["again"], expected["loaded"], atol=1e-5)
-    np.testing.assert_allclose(found[0]["lora"], results[0]["lora"], atol=1e-5)
+        np.testing.assert_allclose(result["lora"], expected["lora"], atol=1e-5)

@@ -40,7 +40,7 @@ EDIT = """
 import importlib.util, json, sys
 from pathlib import Path
 
-way, folder, prompt, repositories, packages, clip, lora, cache = (json.loads(value) for value in sys.argv[1:])
+way, folder, prompt, repositories, packages, clip, loras, cache = (json.loads(value) for value in sys.argv[1:])
 sys.path += packages
 if way == "remote code":
     assert importlib.util.find_spec("rvedit_diffusers") is None
@@ -86,8 +86,8 @@ for number, repository in enumerate(repositories):
     again = load(str(Path(folder, f"{number}")))
     assert type(again).__module__.split(".")[0] == home, type(again)
     edit(again, f"{number} again.npy")
-    if lora is not None:
-        pipe.load_lora_weights(lora)
+    if loras is not None:
+        pipe.load_lora_weights(loras[number])
         edit(pipe, f"{number} lora.npy")
         pipe.unload_lora_weights()
     if cache is not None:
@@ -96,7 +96,7 @@ for number, repository in enumerate(repositories):
 """
 
 
-def edit_in(way, repositories, endpoint, folder, clip, lora=None, cache=None, prompt=PROMPT):
+def edit_in(way, repositories, endpoint, folder, clip, loras=None, cache=None, prompt=PROMPT):
     """
     In a process of its own: load each repository by one way, edit a clip, save the pipeline, load and edit again.
 
@@ -106,7 +106,7 @@ def edit_in(way, repositories, endpoint, folder, clip, lora=None, cache=None, pr
         endpoint: The Hub's address.
         folder: Where results go; the saved pipelines are in folders of it, "0", "1", ...
         clip: A file.
-        lora: A folder; given, there is an edit with these weights, too.
+        loras: A folder for each; given, there is an edit with these weights, too.
         cache: Arguments of a first-block cache; given, there is an edit with that, too.
 
     Returns:
@@ -116,7 +116,7 @@ def edit_in(way, repositories, endpoint, folder, clip, lora=None, cache=None, pr
     packages = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
     # Without `site`, the hook of an editable install is not there.
     options = ["-I", "-S"] if way == "remote code" else []
-    values = (way, str(folder), prompt, repositories, packages if options else [], str(clip), lora, cache)
+    values = (way, str(folder), prompt, repositories, packages if options else [], str(clip), loras, cache)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(
@@ -129,7 +129,7 @@ def edit_in(way, repositories, endpoint, folder, clip, lora=None, cache=None, pr
     assert result.returncode == 0, result.stderr
     for warning in ("Expected types", "might require the following packages"):
         assert warning not in result.stderr
-    names = ["loaded", "again"] + ["lora"] * (lora is not None) + ["cache"] * (cache is not None)
+    names = ["loaded", "again"] + ["lora"] * (loras is not None) + ["cache"] * (cache is not None)
     return [{name: np.load(folder / f"{number} {name}.npy") for name in names} for number in range(len(repositories))]
 
 
@@ -229,7 +229,9 @@ def test_a_repository_loads_edits_and_saves(published, lora, tmp_path, way):
     server, clip, expected = published
     assert not any(np.allclose(expected[name], expected["loaded"]) for name in ("lora", "cache"))
     repositories = [f"{USER}/with.code"] + [f"{USER}/plain"] * (way != "remote code")
-    results = edit_in(way, repositories, server.endpoint, tmp_path / "work", clip, str(lora), CACHE)
+    results = edit_in(
+        way, repositories, server.endpoint, tmp_path / "work", clip, [str(lora)] * len(repositories), CACHE
+    )
     for result in results:
         for name, frames in expected.items():
             np.testing.assert_allclose(result[name], frames, atol=1e-6, err_msg=name)
