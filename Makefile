@@ -30,8 +30,8 @@ test-slow: .venv/installed
 score: .venv/installed
 	$(RUN) examples/evaluate.py --num_samples $(NUM) --seed $(SEED) --output out/scores-$(SEED)
 
-# A checkpoint like the embedded one from nothing, in runs/tiny: hours on two CPU cores. Each step goes on where it was stopped. The editor's
-# blocks are compiled, which needs a C++ compiler; one process a GPU, or two on CPUs.
+# A checkpoint like the embedded one from nothing, in runs/tiny: hours on two CPU cores. Each step goes on where it was
+# stopped. The editor's blocks are compiled, which needs a C++ compiler; one process a GPU, or two on CPUs.
 TRAIN := OMP_NUM_THREADS=1 $(RUN)
 tiny: .venv/installed
 	c++ --version > /dev/null

@@ -65,6 +65,7 @@ def train_base(args: argparse.Namespace, pipe: RVEDiTPipeline, folder: Path) -> 
     optimizer = build_optimizer("adamw", parameters, [], 2e-3, 0.01)
     settings = {"num_warmup_steps": 50, "num_training_steps": args.base_steps}
     scheduler = get_scheduler("cosine", optimizer, **settings)
+    in_bfloat16 = computes_in_bfloat16(torch.device("cpu"))
     bar = tqdm(range(args.base_steps), desc="base", unit="step")
     for step in bar:
         draw = generator("base", step)
@@ -72,7 +73,7 @@ def train_base(args: argparse.Namespace, pipe: RVEDiTPipeline, folder: Path) -> 
         noise = torch.randn(batch["latents"].shape, generator=draw)
         sigmas = sample_sigmas(args.batch_size, 3.0, draw)
         level = sigmas.view(-1, 1, 1, 1, 1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16(torch.device("cpu"))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             velocity = transformer(
                 (1 - level) * batch["latents"] + level * noise, 1000 * sigmas, batch["prompt_embeds"]
             ).sample

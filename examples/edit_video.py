@@ -30,7 +30,7 @@ from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, writ
 
 DEMO_FOLDER = Path("out/demo")
 DEMO_FPS = 16
-FULL = "; --offload, fewer --num_frames or a smaller --height take less memory"
+MEMORY_HINT = "; --offload, fewer --num_frames or a smaller --height take less memory"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -174,14 +174,18 @@ def loading(parser: Parser, option: str, name: str) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def load_pipeline(parser: Parser, args: argparse.Namespace) -> RVEDiTPipeline:
+def load_pipeline(
+    parser: Parser, args: argparse.Namespace, option: str = "--model", name: str | None = None
+) -> RVEDiTPipeline:
+    """Load `name`, that of `--model` by default, and place it. To `--model` belongs the LoRA."""
+    name = name or args.model
     device = choose_device(parser, args.device)
     dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    with loading(parser, "--model", args.model):
-        pipe = RVEDiTPipeline.from_pretrained(args.model, dtype=dtype)
-    if args.lora is not None:
+    with loading(parser, option, name):
+        pipe = RVEDiTPipeline.from_pretrained(name, dtype=dtype)
+    if option == "--model" and args.lora is not None:
         with loading(parser, "--lora", args.lora):
             pipe.load_lora_weights(args.lora)
     try:
@@ -227,7 +231,7 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:  # torch's errors of memory are RuntimeErrors
         is_full = isinstance(error, torch.OutOfMemoryError)
-        parser.error(f"the edit failed: {first_line(error)}{FULL if is_full else ''}")
+        parser.error(f"the edit failed: {first_line(error)}{MEMORY_HINT if is_full else ''}")
 
 
 @contextmanager

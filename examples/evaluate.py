@@ -33,7 +33,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKLWan
 from edit_video import (
     DTYPES,
-    FULL,
+    MEMORY_HINT,
     Parser,
     add_offload_option,
     check_weights,
@@ -177,6 +177,8 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
         for option in ("lora", "num_inference_steps", "guidance_scale"):
             if getattr(args, option) is not None:
                 parser.error(f"--{option} is for pipelines, but --model is {args.model}")
+        if args.offload != parser.get_default("offload"):
+            parser.error(f"--offload is for pipelines, but --model is {args.model}")
     else:
         check_weights(parser, "--model", args.model)
         if args.vae is not None:
@@ -270,8 +272,8 @@ def run_synthetic(args, suites, editor, vae, record: ScoreRecord, state: Partial
     state.wait_for_everyone()  # all share out the same rounds
     num_workers = args.num_workers
     if num_workers is None:
-        most = SCORING_MEMORY // (RENDERINGS * args.num_frames * args.height * args.width * 3)
-        most = min(8, max(most, 1), os.cpu_count()) // state.num_processes
+        fit = SCORING_MEMORY // (RENDERINGS * args.num_frames * args.height * args.width * 3)
+        most = min(8, max(fit, 1) // state.num_processes, os.cpu_count() // state.num_processes)
         num_workers = most if state.device.type == "cuda" and args.device != "cpu" else 0
     pool = ProcessPoolExecutor(num_workers, get_context("spawn")) if num_workers else nullcontext()
     wanted = [(suite, index) for suite in suites for index in range(args.num_samples)]
@@ -373,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
         editor, vae, found = load_editor(args, device, DTYPES[dtype])
         settings |= found
         record.begin(settings)
-    except (OSError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # of the files, of the device's memory or of the settings
         parser.error(f"--model {args.model}: {error}")
 
     # 3. Edits and scores, then what they amount to
@@ -383,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_synthetic(args, suites, editor, vae, record, state)
     except torch.OutOfMemoryError as error:
-        parser.error(f"an edit failed: {first_line(error)}{FULL}")
+        parser.error(f"an edit failed: {first_line(error)}{MEMORY_HINT}")
     except ValueError as error:
         if not is_public:
             raise

@@ -22,15 +22,15 @@ import torch
 import transformers
 from edit_video import (
     DEMO_FPS,
-    DTYPES,
     Parser,
     add_clip_arguments,
     add_edit_options,
+    add_offload_option,
     check_weights,
-    choose_device,
     count,
     edit,
     first_line,
+    load_pipeline,
     loading,
     natural,
     staged,
@@ -87,12 +87,7 @@ def build_parser() -> Parser:
         "--step", type=natural, nargs="+", help="denoising steps, from 0, the noisiest, to average; default: all"
     )
     add_edit_options(parser)
-    parser.add_argument(
-        "--offload",
-        choices=("none", "model"),
-        default="none",
-        help="model: the parts that are not running rest in host memory",
-    )
+    add_offload_option(parser)
     return parser
 
 
@@ -126,21 +121,6 @@ def check_choices(parser: Parser, args: argparse.Namespace, prompt: str, models:
         parser.error(f"--words {wrong[0]}: is no word of {prompt!r}")
 
 
-def load(parser: Parser, args: argparse.Namespace, option: str, name: str) -> RVEDiTPipeline:
-    device = choose_device(parser, args.device)
-    dtype = DTYPES[args.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    with loading(parser, option, name):
-        pipe = RVEDiTPipeline.from_pretrained(name, dtype=dtype)
-    if option == "--model" and args.lora is not None:
-        with loading(parser, "--lora", args.lora):
-            pipe.load_lora_weights(args.lora)
-    if args.offload == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
-    return pipe
-
-
 @dataclass
 class Reading:
     """What one pipeline did, and what its blocks read meanwhile."""
@@ -171,7 +151,7 @@ class Reading:
 
 
 def read(parser: Parser, args: argparse.Namespace, option: str, name: str, frames, prompt: str, fps: float) -> Reading:
-    pipe = load(parser, args, option, name)
+    pipe = load_pipeline(parser, args, option, name)
     with record_attention(pipe.transformer, args.blocks, args.step) as attention:
         edited = edit(parser, args, pipe, frames, prompt, fps)
     edited = (edited * 255).round().astype(np.uint8)

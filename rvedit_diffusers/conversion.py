@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoConfig
 
 from .distiller_rvedit import RVEDiTTokenDistiller
-from .files import replace_folder
+from .files import open_weights, replace_folder
 from .processing_rvedit import RVEDiTProcessor
 from .transformer_rvedit import RVEDiTTransformer3DModel
 
@@ -275,7 +274,7 @@ def convert_transformer(
     with ExitStack() as stack:
         weights = {}
         for path in _weight_files(source):
-            file = stack.enter_context(_open_weights(path))
+            file = stack.enter_context(open_weights(path))
             weights |= {name: (file.get_tensor, file.get_slice(name)) for name in file.keys()}
 
         # 1. Nothing is missing, left over, of another shape or of a format that cannot be read
@@ -500,17 +499,10 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _open_weights(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
-
-
 def _check_weights(files: list[Path]) -> None:
     for path in files:
         if path.suffix == ".safetensors":
-            with _open_weights(path):
+            with open_weights(path):
                 pass
 
 

@@ -160,8 +160,9 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
             group_hook = hooks.get_hook("group_offloading") if hooks is not None else None
             if group_hook is not None:
                 group_hook.pre_forward(module)
-                if group_hook.group.stream is not None:  # which diffusers waits for in layers, but not in what is here
-                    torch.cuda.current_stream().wait_stream(group_hook.group.stream)
+                stream = group_hook.group.stream  # diffusers waits for it in layers, but not in what is here
+                if stream is not None:
+                    torch.accelerator.current_stream(stream.device).wait_stream(stream)
                 group_hooks.append((group_hook, module))
         base_model = mllm.base_model
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]

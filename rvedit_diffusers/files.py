@@ -1,9 +1,30 @@
-"""Folders that are written whole or not at all, and say nothing of other folders."""
+"""Files and folders of weights: read with clear errors, written whole or not at all, silent on other folders."""
 
 import json
 import os
 import shutil
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+
+def open_weights(path: str | os.PathLike) -> safe_open:
+    """
+    Open a safetensors file, of which the header alone is read.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+
+    Returns:
+        `safe_open`: A context manager, of PyTorch tensors.
+
+    Raises:
+        `ValueError`: if it is none, or cut off.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def forget_names(folder: str | os.PathLike) -> None:

@@ -18,9 +18,8 @@ from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError, safe_open
 
-from .files import forget_names
+from .files import forget_names, open_weights
 from .model_card import ensure_model_card, is_as_written
 
 
@@ -246,11 +245,8 @@ def check_folder(folder: str | Path) -> str:
         raise ValueError(f"{pickles[0]} is a pickle, which can run code when it is loaded: only safetensors go along.")
     for path in files:
         if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, "pt"):
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
+            with open_weights(path):
+                pass
         elif ".safetensors.index." in path.name:
             shards = set(_read_json(path).get("weight_map", {}).values())
             if missing := sorted(shard for shard in shards if not (path.parent / shard).is_file()):

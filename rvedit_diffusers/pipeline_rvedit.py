@@ -1428,7 +1428,12 @@ def _adapters_of(transformer: torch.nn.Module) -> list[tuple]:
     # Which adapters of each layer are active, how strongly, and which are merged into it.
     layers = (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
     return [
-        (list(layer.active_adapters), layer.disable_adapters, list(layer.merged_adapters), dict(layer.scaling))
+        (
+            list(layer.active_adapters),
+            layer.disable_adapters,
+            list(layer.merged_adapters),
+            dict(getattr(layer, "scaling", {})),  # which not all kinds of adapters have
+        )
         for layer in layers
     ]
 

@@ -284,10 +284,8 @@ def test_the_table_has_a_column_for_each_figure():
 def test_scores_of_levels(scored):
     found = results(scored)
     assert found["settings"].items() >= {"model": "run/pipeline", "seed": 0, "num_inference_steps": 2}.items()
-    assert (
-        found["settings"].items()
-        >= {"guidance_scale": 3.0, "split": "test", "version": version("rvedit_diffusers")}.items()
-    )
+    assert found["settings"].items() >= {"guidance_scale": 3.0, "split": "test"}.items()
+    assert found["settings"]["version"] == version("rvedit_diffusers")
     assert list(found["levels"]) == ["L0", "L2"]
     for row in found["levels"].values():
         assert row["n"] == 3 and sum(kind["n"] for kind in row["op_success_by_kind"].values()) == 3
@@ -502,6 +500,7 @@ def test_lora_weights_are_added(run, model, tmp_path):
         (["--lora=nowhere"], "--lora nowhere"),
         (["--vae=me/vae"], "--vae is for --model copy-source and vae-ceiling"),
         (["--model=copy-source", "--num_inference_steps=3"], "--num_inference_steps is for pipelines"),
+        (["--model=copy-source", "--offload=model"], "--offload is for pipelines"),
         (["--unseen_photos"], "--unseen_photos is for --operations"),
         (["--kinds", "remove", "--operations", "remove"], "--kinds is for levels"),
         (["--kinds", "remove", "--levels=L4"], "L4 has none of ('remove',)"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from components import build_pipeline, make_clip
-from diffusers import UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import nn
 
 
@@ -119,6 +119,10 @@ def test_a_scheduler_with_other_steps_is_refused(pipe, arguments, tmp_path, caps
         train.main([*arguments, "--distill_steps=2"])
     assert "but the pipeline has a UniPCMultistepScheduler" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)  # as README has it
+    pipe.save_pretrained(tmp_path / "model")
+    train.main([*arguments, "--distill_steps=2", "--max_train_steps=1"])
+    assert (tmp_path / "run" / "lora").is_dir()
 
 
 @pytest.fixture

@@ -117,9 +117,10 @@ def test_lora_and_offload(run, model, tmp_path):
     pipe.save_lora_weights(tmp_path / "lora", pipe.transformer)
     _, plain, _, _ = run(*EDIT, "--model", model)
     _, lora, _, _ = run(*EDIT, "--model", model, "--lora", "lora")
-    _, offloaded, _, _ = run(*EDIT, "--model", model, "--device", "cpu", "--offload", "model")
     assert plain != lora
-    assert plain == offloaded
+    for offload in ("model", "group"):
+        _, offloaded, _, _ = run(*EDIT, "--model", model, "--device", "cpu", "--offload", offload)
+        assert plain == offloaded
 
 
 def test_one_image(run, model):

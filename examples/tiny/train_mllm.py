@@ -318,12 +318,13 @@ def main() -> None:
             num_workers=args.num_workers,
         )
     )
+    in_bfloat16 = computes_in_bfloat16(torch.device("cpu"))
     while progress() < 1.0:
         rate = args.learning_rate * warmup_cosine(step, 100, progress())
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch, inputs = next(batches)
-        with torch.autocast("cpu", torch.bfloat16, enabled=computes_in_bfloat16(torch.device("cpu"))):
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
             terms = losses(ask(mllm, distiller, heads, inputs), batch)
         sum(terms.values()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

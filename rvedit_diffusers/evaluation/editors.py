@@ -142,10 +142,9 @@ def configs_hash(pipe: RVEDiTPipeline) -> str:
     Args:
         pipe ([`RVEDiTPipeline`]): What it and its components of diffusers are configured with.
     """
-    configured = {"pipeline": pipe} | {name: part for name, part in pipe.components.items() if hasattr(part, "config")}
     configs = {
         name: {key: value for key, value in dict(part.config).items() if key[0] != "_"}
-        for name, part in configured.items()
+        for name, part in {"pipeline": pipe, **pipe.components}.items()
         if isinstance(part, ConfigMixin)
     }
     return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()[:16]

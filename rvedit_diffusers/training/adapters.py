@@ -8,8 +8,8 @@ import torch
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 
+from ..files import open_weights
 from ..transformer_rvedit import RVEDiTTransformer3DModel
 
 
@@ -64,7 +64,7 @@ def lora_targets(folder: str | Path, targets: Sequence[str] | None = None) -> li
         return list(targets)
     is_blind = False
     for path in Path(folder).glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
+        with open_weights(path) as file:
             name = f"{SOURCE_TARGET}.weight"
             is_blind = is_blind or name in file.keys() and not file.get_tensor(name).any()
     if targets is None:
