@@ -20,7 +20,7 @@ TRAIN_LEVELS = LEVELS[:-1]
 SPLITS = {"train": TRAIN_PHOTOS, "test": TEST_PHOTOS}
 # Operations that only OOD has together, in either order; alone and in other company they are in training.
 HELD_OUT_PAIRS = (("recolour", "move"), ("remove", "resize"), ("replace", "grade"), ("add", "stylise"))
-DRAWN = 1  # version of what a seed draws, to be raised when levels, wordings or their rendering change
+DRAWN = 2  # version of what a seed draws, to be raised when levels, wordings or their rendering change
 CATEGORY_WEIGHTS = (0.4, 0.3, 0.3)  # of phrases by looks, by comparison and by relation, where there are such
 NUM_WORDINGS = 6  # a multiple of the number of templates of each operation
 # Tries for an item: plans, scenes for each, and drafts of an edit for each. Some plans seldom find room in a scene.
@@ -111,7 +111,8 @@ class Draft:
 
     Attributes:
         operations (`tuple[Operation, ...]`): In order.
-        names (`tuple[str | None, ...]`): What each one's object is called; `None` where none is named.
+        names (`tuple[str | None, ...]`): What each one's object is called; `None` where none is named. The video as a
+            whole may be called "it" where nothing else is edited.
         wordings (`tuple[int, ...]`): Which template says each one.
         last (`str`): What stands before the last clause.
     """
@@ -146,6 +147,8 @@ def draw_draft(rng: np.random.Generator, stage: Stage, plan: Plan) -> Draft | No
             target = len(stage.scene.objects) + sum(operation.kind == "add" for operation in operations)
             if plan.dressing == "held out":
                 values = [value for value in values if value[:2] in HELD_OUT_LOOKS]
+        elif kind in ("grade", "stylise") and len(plan.kinds) == 1:
+            name = (None, "it")[rng.integers(2)]
         elif plan.same and step:
             target, name = operations[0].target, "it"
         elif kind in LOCAL:

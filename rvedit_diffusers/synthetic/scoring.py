@@ -14,8 +14,9 @@ from .scenes import Scene
 
 
 CEILING_MARGIN = 3.0  # dB that an edit may lose against the autoencoder, outside of what it has to change
-# Where a right and a wrong edit differ by less, or in fewer pixels of a frame, an autoencoder's noise would decide.
-DISTINCT_DIFFERENCE, DISTINCT_PIXELS = 32, 6
+# Where a right and a wrong edit differ by no more, or in fewer pixels of a frame, an autoencoder's noise would decide.
+# The tiles of a brown wall differ by 32.
+DISTINCT_DIFFERENCE, DISTINCT_PIXELS = 30, 6
 
 Operations = tuple[Operation, ...]
 

@@ -73,7 +73,8 @@ def clause(operation: Operation, phrase: str | None, template: int) -> str:
 
     Args:
         operation ([`Operation`]): What to say.
-        phrase (`str`, *optional*): What its object is called; `None` where no object is named.
+        phrase (`str`, *optional*): What its object is called; `None` where no object is named. A grade or a style
+            called "it" is said without "the video": "make it darker".
         template (`int`): Which wording, modulo their number.
     """
     kind, value = operation.kind, operation.value
@@ -87,7 +88,10 @@ def clause(operation: Operation, phrase: str | None, template: int) -> str:
         words |= {"new": with_article(f"{value[2]} {value[0]} {value[1]}"), "place": value[3]}
     elif kind == "background":
         words["new"] = with_article(f"{value[0]} {value[1]} wall")
-    return wordings[template % len(wordings)].format(**words).replace("the color of it", "its color")
+    said = wordings[template % len(wordings)].format(**words)
+    if kind in ("grade", "stylise") and phrase == "it":
+        said = said.replace("the whole video", "it").replace("the video", "it")
+    return said.replace("the colors of it", "its colors").replace("the color of it", "its color")
 
 
 def sentence(clauses: Sequence[str], last: str = " and ") -> str:
