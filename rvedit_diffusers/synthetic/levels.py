@@ -18,9 +18,9 @@ from .wording import clause, phrases, sentence, swapped_words
 LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5", "L6", "OOD")
 TRAIN_LEVELS = LEVELS[:-1]
 SPLITS = {"train": TRAIN_PHOTOS, "test": TEST_PHOTOS}
-# Operations that only OOD has together, in either order; alone and in other company they are in training.
+# Operations that only OOD has together; alone and in other company they are in training.
 HELD_OUT_PAIRS = (("recolour", "move"), ("remove", "resize"), ("replace", "grade"), ("add", "stylise"))
-DRAWN = 2  # version of what a seed draws, to be raised when levels, wordings or their rendering change
+DRAWN = 3  # version of what a seed draws, to be raised when levels, wordings or their rendering change
 CATEGORY_WEIGHTS = (0.4, 0.3, 0.3)  # of phrases by looks, by comparison and by relation, where there are such
 NUM_WORDINGS = 6  # a multiple of the number of templates of each operation
 # Tries for an item: plans, scenes for each, and drafts of an edit for each. Some plans seldom find room in a scene.
@@ -42,14 +42,15 @@ KINDS: dict[str, list[tuple[str, ...]]] = {
     "L4": [
         pair for pair in product(IN_PLACE, IN_PLACE) if len({"replace" if k == "recolour" else k for k in pair}) == 2
     ],
-    "L5": list(product(LOCAL, GLOBAL)) + list(product(GLOBAL, LOCAL)),
+    # a grade or a style comes last: colours that are named after it would be other ones
+    "L5": list(product(LOCAL, GLOBAL)) + list(product(("background",), LOCAL)),
     "three": list(product(LOCAL, LOCAL, LOCAL)),
     "whole": list(product(LOCAL, LOCAL, GLOBAL)),
     "dependent": list(product(LOCAL, ("recolour", "remove", "replace", "resize", "move"))),
 }
 L6_FORMS = ("three", "whole", "dependent")
 KINDS = {level: [kinds for kinds in choices if not held_out(kinds)] for level, choices in KINDS.items()}
-KINDS["held out"] = [pair[::order] for pair in HELD_OUT_PAIRS for order in (1, -1)]
+KINDS["held out"] = [*HELD_OUT_PAIRS, *(pair[::-1] for pair in HELD_OUT_PAIRS if set(pair) <= set(LOCAL))]
 
 
 @dataclass(frozen=True)

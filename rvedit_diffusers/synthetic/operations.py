@@ -105,7 +105,8 @@ def edit_object(scene: Scene, thing: SceneObject | None, operation: Operation) -
 def follow(scene: Scene, operations: Sequence[Operation]) -> tuple[Scene, list[int]]:
     """Apply operations in order, and keep track of the objects.
 
-    An operation on an object that is not there does nothing.
+    An operation on an object that is not there does nothing. A grade and a style change the picture as a whole, and
+    so all that is in it in the end.
 
     Returns:
         `tuple[Scene, list[int]]`: The edited scene, and the number of each of its objects in the sense of

@@ -18,6 +18,7 @@ COLOURS = {
     "black": (0.04, 0.04, 0.04),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross")
+AREAS = {"circle": 3.14, "square": 2.82, "triangle": 1.62, "diamond": 2.76, "star": 1.78, "cross": 2.26}  # of radius 1
 OUTLINE_WIDTH = 0.06  # as a share of the shorter side
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}  # radius as a share of the shorter side
 MOTIONS = ("static", "linear", "bounce", "orbit")
@@ -44,6 +45,11 @@ class SceneObject:
     def radius(self) -> float:
         """As a share of the frame's shorter side."""
         return SIZES[self.size] * self.scale
+
+    @property
+    def area(self) -> float:
+        """As a share of the square of the frame's shorter side."""
+        return AREAS[self.shape] * self.radius**2
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ TEMPLATES = {
     "stylise": ("turn the video into a {value}", "make the video look like a {value}"),
 }
 RESIZE_VERBS = {"bigger": "enlarge", "smaller": "shrink"}
-LARGER = 1.25  # how many times the radius of the next object the largest one has
+LARGER = 1.5  # how many times the area of any other object the largest one has
 SIDES = (("left of", "right of"), ("above", "below"))
 COMPARISONS = ("leftmost", "rightmost", "topmost", "bottommost", "largest", "smallest", "moving")
 
@@ -41,8 +41,9 @@ def phrases(scene: Scene, index: int) -> list[list[str]]:
 
     Returns:
         `list[list[str]]`: Phrases by looks ("the red circle"); by comparison with all others ("the leftmost object",
-        which leads by `MARGIN` of the frame in every frame of the clip, "the moving object"); and by relation to one
-        other ("the circle left of the red square").
+        which leads by `MARGIN` of the frame in every frame of the clip, "the largest object", which has `LARGER` times
+        the area of each other one, "the moving object"); and by relation to one other ("the circle left of the red
+        square").
     """
     thing = scene.objects[index]
     others = [other for number, other in enumerate(scene.objects) if number != index]
@@ -51,8 +52,12 @@ def phrases(scene: Scene, index: int) -> list[list[str]]:
         looks = []
     if not others:
         comparisons = []
-    if any(max(o.radius, thing.radius) < LARGER * min(o.radius, thing.radius) for o in others):
-        comparisons = [phrase for phrase in comparisons if phrase not in ("the largest object", "the smallest object")]
+    for phrase, clear in (
+        ("the largest object", all(thing.area >= LARGER * other.area for other in others)),
+        ("the smallest object", all(LARGER * thing.area <= other.area for other in others)),
+    ):
+        if phrase in comparisons and not clear:
+            comparisons.remove(phrase)
     relations = []
     rivals = [other for other in others if other.shape == thing.shape]
     for anchor in others:
