@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
+from rvedit_diffusers.files import told_in_a_line
 from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, write_video
 
@@ -37,10 +38,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def count(text: str) -> int:
@@ -154,7 +151,7 @@ def choose_device(parser: Parser, name: str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch's answer to a device that this build or machine lacks
-        parser.error(f"--device {name}: {first_line(error)}")
+        parser.error(f"--device {name}: {told_in_a_line(error)}")
     return device
 
 
@@ -169,7 +166,7 @@ def loading(parser: Parser, option: str, name: str) -> Iterator[None]:
     except Exception as error:
         while not is_local and error.__cause__ is not None:
             error = error.__cause__
-        parser.error(f"{option} {name}: cannot be loaded{'' if is_local else ' from the Hub'}: {first_line(error)}")
+        parser.error(f"{option} {name}: cannot be loaded{'' if is_local else ' from the Hub'}: {told_in_a_line(error)}")
     finally:
         logging.disable(logging.NOTSET)
 
@@ -191,7 +188,7 @@ def load_pipeline(
     try:
         place(pipe, device, args.offload)
     except RuntimeError as error:  # the device's memory, or the host's that is pinned for it
-        parser.error(f"--offload {args.offload}: {first_line(error)}")
+        parser.error(f"--offload {args.offload}: {told_in_a_line(error)}")
     return pipe
 
 
@@ -231,7 +228,7 @@ def edit(parser: Parser, args: argparse.Namespace, pipe: RVEDiTPipeline, frames,
         parser.error(str(error))
     except (RuntimeError, MemoryError) as error:  # torch's errors of memory are RuntimeErrors
         is_full = isinstance(error, torch.OutOfMemoryError)
-        parser.error(f"the edit failed: {first_line(error)}{MEMORY_HINT if is_full else ''}")
+        parser.error(f"the edit failed: {told_in_a_line(error)}{MEMORY_HINT if is_full else ''}")
 
 
 @contextmanager
@@ -279,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error).replace("`path`", "VIDEO"))
         except (OSError, MemoryError) as error:
-            parser.error(f"VIDEO: {first_line(error)}")
+            parser.error(f"VIDEO: {told_in_a_line(error)}")
         if args.output is None:
             args.output = Path(f"{clip.path.stem}_edited.mp4")
             check_file(parser, "--output", args.output, VIDEO_SUFFIXES)
@@ -308,7 +305,7 @@ def main(argv: list[str] | None = None) -> None:
                 if args.compare is not None:
                     write_strip(files[1], rows)
     except (OSError, ValueError) as error:
-        parser.error(f"the result cannot be written: {first_line(error)}")
+        parser.error(f"the result cannot be written: {told_in_a_line(error)}")
     for path in written:
         print(f"wrote {path}")
     height, width = frames.shape[1:3]

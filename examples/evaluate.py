@@ -38,7 +38,6 @@ from edit_video import (
     add_offload_option,
     check_weights,
     count,
-    first_line,
     natural,
     place,
     scale,
@@ -385,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run_synthetic(args, suites, editor, vae, record, state)
     except torch.OutOfMemoryError as error:
-        parser.error(f"an edit failed: {first_line(error)}{MEMORY_HINT}")
+        parser.error(f"an edit failed: {told_in_a_line(error)}{MEMORY_HINT}")
     except ValueError as error:
         if not is_public:
             raise

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         default="auto",
         help="of transformer and distiller; auto: the base's own, and float32 for the distiller",
     )
-    parser.add_argument("--link", action="store_true", help="link to the bases' files instead of copying them")
+    parser.add_argument("--link", action="store_true", help="link to the bases' weights instead of copying them")
     parser.add_argument("--max_shard_size", default="5GB", help="of the transformer's files, and so of memory")
     parser.add_argument("--seed", type=int, default=0, help="of what begins at random")
     parser.add_argument("--dry_run", action="store_true", help="print the table of parameters and end")

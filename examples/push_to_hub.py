@@ -61,11 +61,12 @@ def main(argv: list[str] | None = None) -> None:
         kind = check_folder(args.folder)
         if args.remote_code and kind == "lora":
             parser.error(f"--remote_code is for pipelines, but {args.folder} holds LoRA weights")
-        repository = open_repository(args.repo_id, kind, private=args.private or None)
-        if not repository.is_empty:
-            print(f"{args.repo_id} exists: it is brought up to date with a new commit")
         with tempfile.TemporaryDirectory() as folder:
-            whole = Path(folder) / "upload"
+            trial, whole = Path(folder) / "trial", Path(folder) / "upload"
+            export_folder(args.folder, trial, args.remote_code, args.repo_id, link=True)  # before a repository is made
+            repository = open_repository(args.repo_id, kind, private=args.private or None)
+            if not repository.is_empty:
+                print(f"{args.repo_id} exists: it is brought up to date with a new commit")
             export_folder(args.folder, whole, args.remote_code, args.repo_id, repository.card, link=True)
             print(f"uploaded {args.folder}: {upload(whole, repository)}")
     except ConnectionError as error:

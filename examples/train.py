@@ -31,11 +31,12 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, broadcast_
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel
+from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
 from rvedit_diffusers.conversion import record_stage
-from rvedit_diffusers.hub import open_repository, upload
+from rvedit_diffusers.hub import open_repository, upload, write_card
 from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss, velocity_loss
 from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.synthetic import NEW_OPERATIONS, OPERATIONS, TRAIN_LEVELS, BenchmarkItems, SyntheticEdits
@@ -98,6 +99,7 @@ OF_STAGE_EDIT = (
     " align_reference_latents align_reference_tokens align_negatives align_every align_warmup_steps align_stop_step"
     " operations edits_per_scene levels kinds distill_steps distill_substeps distill_guidance_scale"
 ).split()
+CARD_FILES = ("README.md", "*LICENSE*", "*NOTICE*")  # of a base: its licence goes along with what is made of it
 SYNTHETIC_BUCKET = "17x64x64"
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
 # What EditingBranches is told of it.
@@ -505,11 +507,13 @@ def publish(
     for result in sorted(results, key=lambda result: result.name == "lora"):  # a repository is that of its pipeline
         sample = strips[-1] if strips else None
         place = result.name if len(results) > 1 and result.name == "lora" else None
-        write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample, base, place)
+        beside = "lora" if len(results) > 1 else None
+        write_model_card(result, result.name, args.model, args.hub_model_id, facts, losses, sample, base, beside)
         if args.push_to_hub:
             try:
                 kind = None if place else result.name
                 repository = open_repository(args.hub_model_id, kind, args.hub_private_repo or None)
+                write_card(result, card=None if place else repository.card)
                 upload(result, repository, place)
             except (OSError, ValueError) as error:
                 fail(f"{result} is complete, but could not be uploaded to {args.hub_model_id}: {error}")
@@ -609,7 +613,11 @@ def main(argv: list[str] | None = None) -> None:
     text_dtype = torch.float32 if args.train_text_encoder else half
     dtypes = {"default": torch.float32, "mllm": half, "text_encoder": text_dtype}
     try:
-        base = Path(args.model) if Path(args.model).is_dir() else Path(RVEDiTPipeline.download(args.model))
+        if Path(args.model).is_dir():
+            base = Path(args.model)
+        else:
+            base = Path(RVEDiTPipeline.download(args.model))
+            snapshot_download(args.model, revision=base.name, allow_patterns=CARD_FILES)
         transformer_config = RVEDiTTransformer3DModel.load_config(base, subfolder="transformer")
         with torch.device("meta"):  # what cannot be built is found out before anything is loaded or encoded
             skeleton = RVEDiTTransformer3DModel.from_config(transformer_config)

@@ -29,7 +29,6 @@ from edit_video import (
     check_weights,
     count,
     edit,
-    first_line,
     load_pipeline,
     loading,
     natural,
@@ -317,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         except (FileNotFoundError, ValueError) as error:
             parser.error(str(error).replace("`path`", "VIDEO"))
         except (OSError, MemoryError) as error:
-            parser.error(f"VIDEO: {first_line(error)}")
+            parser.error(f"VIDEO: {told_in_a_line(error)}")
         prompt, fps, frames = args.prompt, clip.fps, clip.frames
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -356,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
                 columns.append(Column(reading.name if len(readings) > 1 else "", reading.edited, outline, rows))
             write_video(files[-1], draw_attention_clip(frames, columns), fps)
     except (OSError, ValueError) as error:
-        parser.error(f"the result cannot be written: {first_line(error)}")
+        parser.error(f"the result cannot be written: {told_in_a_line(error)}")
     for path in written:
         print(f"wrote {path}")
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from .distiller_rvedit import RVEDiTTokenDistiller
-from .files import open_weights, replace_folder
+from .files import open_weights, told_in_a_line
 from .processing_rvedit import RVEDiTProcessor
 from .transformer_rvedit import RVEDiTTransformer3DModel
 
@@ -39,6 +39,7 @@ UNCHANGED = ("tokenizer", "text_encoder", "vae", "scheduler")  # of the Wan pipe
 LICENCES = ("LICENSE*", "NOTICE*")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *LICENCES)
 WEIGHTS = "*.safetensors"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DEFAULT_MAX_AREA = {8: 480 * 832, 16: 704 * 1280}  # what the bases were trained at, by the VAE's spatial factor
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 50, 5.0  # Wan's own
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -223,6 +224,10 @@ def plan_conversion(
     model_type = _read_json(mllm_folder / "config.json").get("model_type")
     if model_type not in MLLM_CLASSES:
         raise ValueError(f"`mllm` {mllm} is of the type {model_type}; {SUPPORTED_MLLM}")
+    try:
+        RVEDiTProcessor.from_mllm(mllm_folder, num_edit_tokens=num_edit_tokens)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`mllm` {mllm} has no processor that can be read: {told_in_a_line(error)}") from error
     width = AutoConfig.from_pretrained(mllm_folder).get_text_config().hidden_size
     dim = config["num_attention_heads"] * config["attention_head_dim"]
 
@@ -347,7 +352,7 @@ def convert(
         output (`str` or `os.PathLike`): The pipeline's folder; must not exist, or be empty. It appears when it is
             complete.
         dtype (`torch.dtype`, *optional*): Of transformer and distiller; see [`convert_transformer`].
-        link (`bool`, defaults to `False`): Link to the files of unchanged components instead of copying them. The
+        link (`bool`, defaults to `False`): Link to the weights of unchanged components instead of copying them. The
             pipeline then needs the base models where they are.
         max_shard_size (`str` or `int`, defaults to `"5GB"`): Of the transformer's files.
         seed (`int`, defaults to 0): Of what begins at random: the queries, the connectors, the new keys.
@@ -360,6 +365,8 @@ def convert(
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"`output` has to be a folder that does not exist or is empty, but {output} is taken")
+    if os.path.ismount(output):  # which no other folder can take the place of
+        raise ValueError(f"`output` has to be a folder inside of {output}, which is a mount point")
     if not isinstance(seed, int) or not 0 <= seed < 2**63:
         raise ValueError(f"`seed` has to be an integer from 0 to 2**63 - 1, got {seed!r}")
     try:
@@ -368,11 +375,13 @@ def convert(
         raise ValueError(
             f"`max_shard_size` has to be a size such as '5GB', got {max_shard_size!r}: {error}"
         ) from error
+    known = []  # weights that need no download
     if Path(conversion.wan).is_dir():
-        for name in ("transformer", "text_encoder", "vae"):
-            _check_weights(_weight_files(Path(conversion.wan, name)))
+        known += [(name, _weight_files(Path(conversion.wan, name))) for name in ("transformer", "text_encoder", "vae")]
     if Path(conversion.mllm).is_dir():
-        _check_weights(_weight_files(Path(conversion.mllm)))
+        known += [("mllm", _weight_files(Path(conversion.mllm)))]
+    for _, files in known:
+        _check_weights(files)
 
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -380,7 +389,10 @@ def convert(
     try:
         counts = conversion.parameters.counts()
         least = dtype or torch.float16  # before anything is downloaded; what its own dtypes take is known after that
-        _check_space((counts["mapped"] + counts["new"]) * least.itemsize, partial)
+        size = (counts["mapped"] + counts["new"]) * least.itemsize
+        if not link:
+            size += sum(path.stat().st_size for name, files in known if name != "transformer" for path in files)
+        _check_space(size, partial)
 
         # 2. The parts that are made
         folder = _fetch_weights("wan", conversion.wan, conversion.wan_folder, "transformer/")
@@ -415,7 +427,7 @@ def convert(
         _write_json(partial / "model_index.json", _model_index(conversion) | {"conversion": record})
         if output.exists():
             output.rmdir()
-        replace_folder(partial, output)
+        partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -463,7 +475,7 @@ def _fetch(argument: str, model: str, patterns: Iterable[str], revision: str | N
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the network, the Hub and its client fail in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = told_in_a_line(error)
         raise ValueError(f"`{argument}` {model} is no folder, and from the Hub it cannot be had: {reason}") from error
 
 
@@ -492,7 +504,11 @@ def _weight_files(folder: Path) -> list[Path]:
     else:
         files = [path for path in sorted(folder.glob(WEIGHTS)) if path.name.count(".") == 1]
     if not files:
-        raise ValueError(f"{folder} holds no weights in safetensors, the only format that is read")
+        variants = [path.name for path in sorted(folder.glob(WEIGHTS))]
+        found = f": {variants[0]} is of a variant" if variants else ", the only format that is read"
+        raise ValueError(f"{folder} holds no weights in safetensors{found}")
+    if shard := next((path for path in files if SHARD.search(path.name) and _index_file(folder) is None), None):
+        raise ValueError(f"{folder} is not complete: it has {shard.name}, but not the index of such files")
     for path in files:
         if not path.is_file():
             raise ValueError(f"{folder} is not complete: its index names {path.name}, which is not there")
@@ -520,7 +536,7 @@ def _carry_over(files: list[Path], target: Path, link: bool) -> None:
     size = 0 if link else sum(path.stat().st_size for path in files)
     _check_space(size, target)
     for path in tqdm(files, desc=target.name, unit="file"):
-        if link:
+        if link and path.suffix == ".safetensors":  # configurations may be changed where they lie, weights are replaced
             (target / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target / path.name)
@@ -529,7 +545,8 @@ def _carry_over(files: list[Path], target: Path, link: bool) -> None:
 def _check_space(size: int, folder: Path) -> None:
     if size > (free := shutil.disk_usage(folder).free):
         raise ValueError(
-            f"`output` needs {size / 2**30:.1f} GiB for {folder.name}, but {free / 2**30:.1f} GiB are free there"
+            f"`output` needs {size / 2**30:.1f} GiB for {folder.name.removesuffix('.partial')}, but"
+            f" {free / 2**30:.1f} GiB are free there"
         )
 
 

@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
 import shutil
+import tempfile
+import textwrap
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -52,9 +55,21 @@ def forget_names(folder: str | os.PathLike) -> None:
 
 def replace_folder(new: Path, folder: Path) -> None:
     """Rename `new` to `folder`; whatever `folder` was before stays on disk until that has happened."""
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        new.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    folder.rename(aside / folder.name)
+    try:
+        new.rename(folder)
+    except OSError:
+        (aside / folder.name).rename(folder)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def told_in_a_line(error: Exception) -> str:
+    """What an error says, in one line; of an answer of the Hub without the number of the request."""
+    text = re.sub(r"\(Request ID: [^)]*\)", "", str(error))
+    return textwrap.shorten(text, 300, placeholder=" ...") or type(error).__name__

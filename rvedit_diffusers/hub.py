@@ -16,16 +16,17 @@ from pathlib import Path
 
 from diffusers.utils import DIFFUSERS_DYNAMIC_MODULE_NAME
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .files import forget_names, open_weights
-from .model_card import ensure_model_card, is_as_written
+from .files import forget_names, open_weights, told_in_a_line
+from .model_card import ensure_model_card, is_as_written, is_of_ours
 
 
 PIPELINE_CLASS = "RVEDiTPipeline"
 CODE_COMPONENTS = ("distiller", "processor", "transformer")  # whose classes are not diffusers' or transformers'
 LORA_FILE = "pytorch_lora_weights.safetensors"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 # The bundle is one module, so that its pipeline and its components share their classes and nothing has to be carried
@@ -251,6 +252,10 @@ def check_folder(folder: str | Path) -> str:
             shards = set(_read_json(path).get("weight_map", {}).values())
             if missing := sorted(shard for shard in shards if not (path.parent / shard).is_file()):
                 raise ValueError(f"{path.parent / missing[0]} is missing, which {path.name} names.")
+    indices = {(path.parent, _weights_family(path.name)) for path in files if ".safetensors.index." in path.name}
+    for path in files:
+        if SHARD.search(path.name) and (path.parent, _weights_family(path.name)) not in indices:
+            raise ValueError(f"{path} is a part of weights, but the index that names their parts is missing.")
     if not (folder / "model_index.json").is_file():
         if not (folder / LORA_FILE).is_file():
             raise ValueError(f"{folder} has to hold model_index.json, of a pipeline, or {LORA_FILE}.")
@@ -300,8 +305,8 @@ def export_folder(
         output (`str` or `Path`): The folder to write. It appears when it is complete.
         remote_code (`bool`, defaults to `False`): Whether the pipeline's code goes along, see [`write_code`].
         model_id (`str`, *optional*): The name on the Hub to be, for the model card.
-        card (`str`, *optional*): The `README.md` to begin with if `folder` has none.
-        link (`bool`, defaults to `False`): Whether to link to the weights instead of copying them.
+        card (`str`, *optional*): The `README.md` of the repository, see [`write_card`].
+        link (`bool`, defaults to `False`): Whether to link to the weights instead of copying them, where that can be.
 
     Raises:
         `ValueError`: if `folder` cannot be uploaded, `output` exists or lies in `folder`, or code is to go along with
@@ -322,9 +327,11 @@ def export_folder(
         for path in _files(folder):
             target = partial / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if link and path.suffix == ".safetensors":
+            try:
+                if not link or path.suffix != ".safetensors":
+                    raise OSError
                 target.symlink_to(path.resolve())
-            else:
+            except OSError:  # or this system does not let its users make links
                 shutil.copyfile(path, target)
         forget_names(partial)
         if remote_code:
@@ -346,11 +353,13 @@ def write_card(folder: Path, model_id: str | None = None, card: str | None = Non
     Args:
         folder (`Path`): Of a pipeline or of LoRA weights.
         model_id (`str`, *optional*): The name on the Hub to be.
-        card (`str`, *optional*): The `README.md` to begin with if `folder` has none, such as that of the repository.
-            One that nobody has changed since we wrote it is written anew: it may tell of an earlier state.
+        card (`str`, *optional*): The `README.md` of the repository. One that somebody has written or changed goes on,
+            unless that is true of the folder's, too. One as we wrote it does not: it may tell of an earlier state.
     """
-    if card is not None and not is_as_written(card) and not (folder / "README.md").is_file():
-        (folder / "README.md").write_text(card, encoding="utf-8")
+    path = folder / "README.md"
+    if card is not None and not is_as_written(card):
+        if not path.is_file() or is_as_written(path.read_text(encoding="utf-8-sig")):
+            path.write_text(card, encoding="utf-8")
     ensure_model_card(folder, model_id)
 
 
@@ -386,19 +395,21 @@ def _told(api: HfApi, repo_id: str) -> Iterator[None]:
             causes.append(cause)
             cause = cause.__cause__
         answer = next((cause for cause in causes if isinstance(cause, HfHubHTTPError)), None)
-        reason = (str(answer or causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
+        if isinstance(causes[-1], OSError) and causes[-1].filename is not None:
+            raise  # of this machine's disk
+        reason = told_in_a_line(answer or causes[-1])
         status = None if answer is None else answer.response.status_code
-        if status in (401, 403):
+        if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
             raise PermissionError(
-                f"{api.endpoint} refused the token for {repo_id} ({status}): log in with `hf auth login`, or set"
-                f" HF_TOKEN, as someone who may write there."
+                f"{api.endpoint} does not let this token write to {repo_id}: {reason} If it is not the right one, log"
+                f" in with `hf auth login`, or set HF_TOKEN, as someone who may write there."
             ) from error
         if (
             isinstance(error, ValueError) and error is not answer
         ):  # the client's own words, of README.md's metadata say
             raise ValueError(f"{repo_id}: {' '.join(str(error).split())}") from error
         if status is not None and status < 500:
-            raise ValueError(f"{api.endpoint} refused the request for {repo_id} ({status}): {reason}") from error
+            raise ValueError(f"{api.endpoint} refused the request for {repo_id}: {reason}") from error
         raise ConnectionError(
             f"{api.endpoint} cannot be reached, or the connection was lost ({reason}): what was uploaded is kept, and"
             f" the same command goes on from there."
@@ -444,7 +455,8 @@ def open_repository(
         raise ValueError(
             f"`private` cannot be had: {repo_id} exists and is public. Its settings on the Hub change that."
         )
-    holds = "pipeline" if is_pipeline(index) else "lora" if LORA_FILE in repository.files and not index else "other"
+    is_lora = LORA_FILE in repository.files and not index and is_of_ours(repository.card or "")
+    holds = "pipeline" if is_pipeline(index) else "lora" if is_lora else "other"
     if kind is not None and not repository.is_empty and kind != holds:
         wanted = "RVEDiT pipeline" if kind == "pipeline" else "RVEDiT LoRA weights"
         raise ValueError(f"`repo_id` {repo_id} exists and holds something else than {wanted}: choose another name.")

@@ -57,6 +57,15 @@ QWEN_RESEARCH = {
 }
 
 # The models that the record of a conversion names, and what is taken from them.
+CODE_USAGE = """\
+Without that package, the code in this repository's `pipeline.py` does it, after a look at it:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({}, trust_remote_code=True)
+```
+"""
 PARTS = {"wan": "text-to-video model: transformer, VAE, text encoder", "mllm": "MLLM"}
 ORIGIN_HEAD = ["made from", "source", "revision", "licence"]
 
@@ -281,8 +290,8 @@ def write_model_card(
         sample (`Path`, *optional*): A strip of the source, the edit and the true edit.
         base_folder (`Path`, *optional*): Where the base's files are; `base` if that is a folder. Its `README.md` tells
             the licence, and its `model_index.json` the models that it was made from.
-        subfolder (`str`, *optional*): Of a LoRA that goes into this folder of a repository, and onto the pipeline that
-            was trained with it and is the repository's root.
+        subfolder (`str`, *optional*): Where a pipeline and a LoRA were trained together: the folder of the LoRA in the
+            repository, whose root is the pipeline.
         scores (`dict[str, dict]`, *optional*): See [`fill_model_card`].
 
     Raises:
@@ -299,7 +308,8 @@ def write_model_card(
         record = record or _read_record(base_folder)
         inherited = _licence_in(base_folder / "README.md", base if is_hub_id else None)
     sources = _sources(record)
-    licence = inherited or _licence_of_all(sources or [shown])
+    # a base on the Hub is somebody's own: its parts say no more than what it cannot be
+    licence = inherited or _licence_of_all([*sources, shown] if is_hub_id else sources or [shown])
     base_licence = inherited or (licence if sources else _licence_of(shown))
     base_row = ["base", _show_source(shown), "", _show_licence(base_licence)]
     text = fill_model_card(
@@ -334,7 +344,8 @@ def ensure_model_card(folder: Path, model_id: str | None = None) -> None:
     """
     Give the folder of a pipeline or of LoRA weights a model card, unless it has one.
 
-    A `README.md` with metadata of ours (`library_name: diffusers`, tag `rvedit`) stays as it is. Any other keeps what
+    A `README.md` with metadata of ours (`library_name: diffusers`, tag `rvedit`) stays as it is; if nobody has changed
+    it, it gets the model's name on the Hub, and shows how to use the code that goes along. Any other keeps what
     it says: its text stands below the card's, and its metadata go before the card's, but for library, task and tags,
     by which the Hub finds the model.
 
@@ -352,8 +363,10 @@ def ensure_model_card(folder: Path, model_id: str | None = None) -> None:
     text = path.read_text(encoding="utf-8-sig") if path.is_file() else ""
     try:
         theirs, their_text = _split_card(text)
-        if theirs.get("library_name") == "diffusers" and "rvedit" in _as_list(theirs.get("tags")):
+        if is_of_ours(text):
             check_model_card(text)
+            if model_id is not None and is_as_written(text):
+                _write_card(folder, _named(text, folder, model_id))
             return
         card = _card_of_folder(folder, model_id)
         card = _add_to_card(card, theirs, their_text) if text.strip() else card + _mark(card)
@@ -372,6 +385,7 @@ def _card_of_folder(folder: Path, model_id: str | None) -> str:
     name = folder.resolve().name.removesuffix(".partial")  # an export is written under such a name
     record = _read_record(folder)
     sources, rows = _sources(record), _origin_rows(record)
+    usage = _usage(kind, "the pipeline that they were trained on", model_id, name, None)
     return fill_model_card(
         kind,
         model_id or name,
@@ -383,8 +397,8 @@ def _card_of_folder(folder: Path, model_id: str | None) -> str:
         untrained=_is_untrained(record),
         stages=", ".join(map(_line, record.get("stages", []))),
         counts=record.get("parameters"),
-        has_code=(folder / "pipeline.py").is_file(),
-        **_usage(kind, "the pipeline that they were trained on", model_id, name, None),
+        code_usage=CODE_USAGE.format(usage["pipeline_argument"]) if (folder / "pipeline.py").is_file() else None,
+        **usage,
     )
 
 
@@ -404,12 +418,15 @@ def _add_to_card(card: str, theirs: dict, their_text: str) -> str:
 def _usage(kind: str, base: str, model_id: str | None, name: str, subfolder: str | None) -> dict[str, str]:
     # JSON's strings are Python's, too.
     own = json.dumps(model_id or name, ensure_ascii=False)
-    if kind != "lora":
-        return {"pipeline_argument": own}
     if subfolder is None:
-        return {"pipeline_argument": json.dumps(base, ensure_ascii=False), "lora_arguments": own}
-    place = f", subfolder={json.dumps(subfolder, ensure_ascii=False)}" if model_id else ""
-    return {"pipeline_argument": json.dumps(model_id or "pipeline"), "lora_arguments": own + place}
+        if kind == "lora":
+            return {"pipeline_argument": json.dumps(base, ensure_ascii=False), "lora_arguments": own}
+        return {"pipeline_argument": own}
+    place = json.dumps(subfolder, ensure_ascii=False)
+    return {
+        "pipeline_argument": json.dumps(model_id or "pipeline", ensure_ascii=False),
+        "lora_arguments": f"{own}, subfolder={place}" if model_id else place,
+    }
 
 
 def _read_record(folder: Path) -> dict:
@@ -487,6 +504,32 @@ def _licence_in(path: Path, base: str | None) -> dict[str, str] | None:
     if base is not None and licence.get("license_link") in LICENCE_FILES:  # a file in the base's repository
         licence["license_link"] = f"https://huggingface.co/{base}/blob/main/{licence['license_link']}"
     return licence
+
+
+def _named(text: str, folder: Path, model_id: str) -> str:
+    # A card that was written before the model had its name on the Hub, or with another one.
+    text, own = text.rpartition("\n<!-- ")[0] + "\n", json.dumps(model_id, ensure_ascii=False)
+    text = re.sub("^# .*$", lambda _: f"# {_line(model_id)}", text, count=1, flags=re.MULTILINE)
+    call = "from_pretrained" if (folder / "model_index.json").is_file() else "load_lora_weights"
+    text = re.sub(rf'\b{call}\("(\\.|[^"\\])*"', lambda _: f"{call}({own}", text)
+    if (folder / "pipeline.py").is_file() and "trust_remote_code" not in text:
+        end = text.index("```\n", text.index("```python\n")) + len("```\n")
+        text = text[:end] + "\n" + CODE_USAGE.format(own) + text[end:]
+    return text + _mark(text)
+
+
+def is_of_ours(text: str) -> bool:
+    """
+    Whether the metadata of a model card are those of our models: `library_name: diffusers` and the tag `rvedit`.
+
+    Args:
+        text (`str`): The whole of `README.md`.
+
+    Raises:
+        `ValueError`: if the metadata cannot be read.
+    """
+    data, _ = _split_card(text)
+    return data.get("library_name") == "diffusers" and "rvedit" in _as_list(data.get("tags"))
 
 
 def _as_list(value) -> list:

@@ -86,7 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, value=None, status: int = 200, headers: dict | None = None, data: bytes | None = None) -> None:
         data = json.dumps(value).encode() if data is None else data
         self.send_response(status)
-        for name, content in {"Content-Length": str(len(data)), **(headers or {})}.items():
+        common = {"Content-Length": str(len(data)), "X-Request-Id": "Root=1-2345"}
+        for name, content in {**common, **(headers or {})}.items():
             self.send_header(name, content)
         self.end_headers()
         if self.command != "HEAD":

@@ -181,6 +181,9 @@ def test_released_mllms_are_planned_for_with_their_width(name, bases, tmp_path):
     config, num_parameters = PUBLISHED_MLLMS[name]
     folder = tmp_path / name
     folder.mkdir()
+    for path in (bases / ("qwen3_vl" if name.startswith("Qwen3") else "qwen2_5_vl")).iterdir():
+        if ".safetensors" not in path.name:  # its processor
+            shutil.copyfile(path, folder / path.name)
     (folder / "config.json").write_text(json.dumps(config))
     plan = plan_conversion(bases / "wan2_1", folder)
     model_class = getattr(transformers, plan.mllm_class)
@@ -383,10 +386,10 @@ def test_variants_beside_the_weights_are_left_out(bases, tmp_path):
     assert check_folder(tmp_path / "out") == "pipeline"
 
 
-def test_linked_files_are_those_of_the_bases(bases, converted, tmp_path):
+def test_linked_weights_are_those_of_the_bases(bases, converted, tmp_path):
     convert(plan_conversion(bases / "wan2_1", bases / "qwen2_5_vl", NUM_EDIT_TOKENS), tmp_path / "out", link=True)
     links = [path for path in (tmp_path / "out").rglob("*") if path.is_symlink()]
-    assert {path.parent.name for path in links} == {"tokenizer", "text_encoder", "vae", "scheduler", "mllm"}
+    assert {path.parent.name for path in links} == {"text_encoder", "vae", "mllm"}
     for path in links:
         folder = bases / "qwen2_5_vl" if path.parent.name == "mllm" else bases / "wan2_1" / path.parent.name
         assert path.resolve() == (folder / path.name).resolve()
@@ -494,7 +497,9 @@ def test_the_script_makes_pipelines_that_edit(wan, bases, tmp_path, mllm, capsys
 
 
 def test_a_dry_run_prints_the_table_and_writes_nothing(bases, tmp_path, capsys):
-    init_from_wan.main(["--wan", str(bases / "wan2_1"), "--mllm", str(bases / "qwen3_vl"), "--dry_run"])
+    arguments = ["--wan", str(bases / "wan2_1"), "--mllm", str(bases / "qwen3_vl"), "--output", str(tmp_path / "out")]
+    init_from_wan.main([*arguments, "--dry_run"])
+    assert not any(tmp_path.iterdir())
     plan = plan_conversion(bases / "wan2_1", bases / "qwen3_vl")
     assert capsys.readouterr().out.strip() == describe_parameters(plan.parameters)
 
@@ -600,6 +605,40 @@ def test_an_unreadable_file_is_named(broken, capsys, monkeypatch, folder):
     broken.refused(capsys, f"{path} cannot be read as safetensors")
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "mllm"])
+def test_shards_without_their_index_are_refused(broken, capsys, part):
+    folder = broken.mllm if part == "mllm" else broken.wan / part
+    (folder / "model.safetensors.index.json").unlink()
+    broken.refused(capsys, "model-00001-of-0000", ".safetensors, but not the index")
+
+
+def test_weights_of_a_variant_alone_are_refused(broken, capsys):
+    (path,) = (broken.wan / "vae").glob("*.safetensors")
+    path.rename(path.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    broken.refused(capsys, "diffusion_pytorch_model.fp16.safetensors is of a variant")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--dry_run"]])
+def test_an_mllm_without_its_processor_is_refused_beforehand(broken, capsys, monkeypatch, arguments):
+    monkeypatch.setattr("rvedit_diffusers.conversion.convert_transformer", None)
+    for path in broken.mllm.iterdir():
+        if path.name != "config.json" and ".safetensors" not in path.name:
+            path.unlink()
+    broken.refused(capsys, "`mllm`", "has no processor that can be read", arguments=arguments)
+
+
+def test_a_mount_point_is_refused(broken, capsys, monkeypatch):
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(broken.output))
+    broken.refused(capsys, f"`output` has to be a folder inside of {broken.output}, which is a mount point")
+
+
+def test_what_is_saved_onto_links_leaves_the_bases_as_they_are(broken):
+    before = {path: path.read_bytes() for path in broken.wan.parent.rglob("*") if path.is_file()}
+    convert(plan_conversion(broken.wan, broken.mllm), broken.output, link=True)
+    RVEDiTPipeline.from_pretrained(broken.output).save_pretrained(broken.output)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_a_disk_that_is_too_small_is_told(broken, capsys, monkeypatch, dtype):
     """Of a base in float32, in whatever dtype it is written."""
@@ -607,14 +646,17 @@ def test_a_disk_that_is_too_small_is_told(broken, capsys, monkeypatch, dtype):
     convert(plan, broken.output, None if dtype == "auto" else torch.bfloat16)
     size = sum(tensor.nbytes for tensor in read(broken.output / "transformer").values())
     shutil.rmtree(broken.output)
-    for free, is_enough in ((size - 1, False), (100 * size, True)):
+    copied = sum(path.stat().st_size for path in broken.wan.parent.rglob("*.safetensors"))
+    copied -= sum(path.stat().st_size for path in (broken.wan / "transformer").iterdir() if path.suffix != ".json")
+    # the first is known beforehand, the second when the transformer's dtype is
+    for free, what, link in ((copied, "for out", []), (size - 1, "for", ["--link"]), (100 * size, None, [])):
         monkeypatch.setattr("shutil.disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-        if is_enough:
+        if what is None:
             init_from_wan.main(
                 [f"--wan={broken.wan}", f"--mllm={broken.mllm}", f"--output={broken.output}", f"--dtype={dtype}"]
             )
         else:
-            broken.refused(capsys, "`output` needs", "for transformer", arguments=[f"--dtype={dtype}"])
+            broken.refused(capsys, "`output` needs", what, arguments=[f"--dtype={dtype}", *link])
 
 
 def test_wrong_numbers_are_refused(broken, capsys):

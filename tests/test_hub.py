@@ -22,6 +22,7 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller, hub, write_video
+from rvedit_diffusers.model_card import write_model_card
 from rvedit_diffusers.training.checkpoint import export
 
 
@@ -346,6 +347,18 @@ def remove_index(folder):
     return folder
 
 
+def remove_index_of_shards(folder):
+    build_pipeline().transformer.save_pretrained(folder / "transformer", max_shard_size="20KB")
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json").unlink()
+    return sorted((folder / "transformer").glob("*-of-*.safetensors"))[0]
+
+
+def spoil_card(folder):
+    (folder / "README.md").write_text("---\nlicense: Apache-2.0\n---\n")
+    return folder / "README.md"
+
+
 def link_to_itself(folder):
     (folder / "vae" / "loop").symlink_to(folder)
     return folder / "vae" / "loop"
@@ -358,6 +371,8 @@ def link_to_itself(folder):
         remove_component,
         remove_weights,
         remove_shard,
+        remove_index_of_shards,
+        spoil_card,
         truncate,
         add_pickle,
         rename_class,
@@ -479,12 +494,47 @@ def test_a_public_repository_does_not_get_what_shall_be_private(server, saved, c
     assert not server.sent
 
 
-@pytest.mark.parametrize("token, name", [("hf_expired", NAME), (TOKEN, "others/edits")])
-def test_a_refused_token_is_told(server, saved, capfd, monkeypatch, token, name):
+@pytest.mark.parametrize(
+    "token, name, reason",
+    [("hf_expired", NAME, "Invalid credentials"), (TOKEN, "others/edits", "You have no rights in others")],
+)
+def test_a_refused_token_is_told_with_the_hubs_reason(server, saved, capfd, monkeypatch, token, name, reason):
     monkeypatch.setenv("HF_TOKEN", token)
     line = main(capfd, saved, name, status=2)
     assert "hf auth login" in line and "HF_TOKEN" in line and name in line
+    assert reason in line and "Request ID" not in line
     assert server.repositories == {}
+
+
+def test_nobody_is_logged_in(server, pipe, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(PermissionError, match="hf auth login"):
+        pipe.push_to_hub("edits")
+
+
+def test_lora_weights_of_others_are_left_alone(server, lora, capfd):
+    server.add(NAME, {"pytorch_lora_weights.safetensors": b"", "README.md": b"---\ntags: [lora]\n---\n"})
+    assert f"{NAME} exists and holds something else" in main(capfd, lora, NAME, status=2)
+
+
+def test_a_card_that_was_changed_on_the_hub_goes_on(server, lora, tmp_path, capfd):
+    lora = shutil.copytree(lora, tmp_path / "lora")
+    main(capfd, lora, NAME)
+    changed = server.files(NAME)["README.md"] + b"\nBetter than it looks.\n"
+    server.commit(NAME, {"README.md": changed})
+    write_model_card(lora, "lora", "someone/base", NAME, {"steps": "1"}, {})  # as a training does
+    main(capfd, lora, NAME)
+    assert server.files(NAME)["README.md"] == changed
+
+
+def test_where_there_are_no_links_weights_are_copied(server, saved, capfd, monkeypatch):
+    def refuse(self, target):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr("pathlib.Path.symlink_to", refuse)
+    main(capfd, saved, NAME)
+    assert read_tree(saved).keys() < server.files(NAME).keys()
 
 
 def test_a_hub_that_cannot_be_reached_is_told(saved, capfd, monkeypatch):

@@ -313,6 +313,34 @@ def test_a_bases_card_that_says_no_licence_ends_no_training(card, folder, readme
     assert card(base=str(folder("base", readme=readme, conversion=record()))).data.license == "apache-2.0"
 
 
+def test_a_pipeline_that_was_trained_with_a_lora_tells_how_to_load_both(card):
+    for name, arguments in ((None, '"lora"'), ("me/edits", '"me/edits", subfolder="lora"')):
+        text = card("pipeline", model_id=name, subfolder="lora").text
+        assert f"pipe.load_lora_weights({arguments})\n" in text and "without them it is" in text
+    assert "load_lora_weights" not in card("pipeline").text
+
+
+@pytest.mark.parametrize("kind, call", [("lora", "load_lora_weights"), ("pipeline", "from_pretrained")])
+def test_a_card_gets_the_name_that_the_model_has_on_the_hub(folder, kind, call):
+    """Of a training that did not know it; not one that somebody has changed."""
+    if kind == "pipeline":
+        path = folder("my-run/pipeline", conversion=record(stages=["edit"]), code="x = 1\n")
+    else:
+        path = folder("my-run/lora", index="pytorch_lora_weights.safetensors")
+    write_model_card(path, kind, HUB_ID, None, {"steps": "3"}, {})
+    written = (path / "README.md").read_text()
+    ensure_model_card(path, "me/blue")
+    card = ModelCard.load(path / "README.md")
+    assert "\n# me/blue\n" in card.text and f'{call}("me/blue")' in card.text and "| steps | 3 |" in card.text
+    assert f'from_pretrained("{HUB_ID}")' in card.text or kind == "pipeline"
+    assert ('from_pretrained("me/blue", trust_remote_code=True)' in card.text) == (kind == "pipeline")
+    assert is_as_written((path / "README.md").read_text())
+    changed = written.replace("| steps | 3 |", "| steps | three |")
+    (path / "README.md").write_text(changed)
+    ensure_model_card(path, "me/blue")
+    assert (path / "README.md").read_text() == changed
+
+
 def test_the_embedded_checkpoint_gives_its_licence_on(card):
     assert card(base=rvedit_diffusers.TINY_CHECKPOINT).data.license == "apache-2.0"
 
@@ -326,9 +354,22 @@ def test_of_a_converted_base_the_models_that_it_was_made_from_are_named(card, fo
     assert "1,418,996,800" in card.text
 
 
+@pytest.mark.parametrize(
+    "readme, mllm, licence",
+    [
+        ("---\nlicense: apache-2.0\n---\n", QWEN_7B, {"license": "apache-2.0"}),
+        ("A base.\n", QWEN_7B, {"license": "other", "license_name": "see-base-model"}),
+        ("A base.\n", QWEN_3B, RESEARCH),
+    ],
+)
+def test_the_licence_of_a_converted_base_on_the_hub_is_what_its_card_says(card, folder, readme, mllm, licence):
+    card = card("lora", base_folder=folder("snapshot", readme=readme, conversion=record(mllm=mllm)))
+    assert {name: card.data.get(name) for name in licence} == licence
+
+
 def test_a_converted_base_on_the_hub_is_the_base_model(card, folder):
     card = card("lora", base_folder=folder("snapshot", conversion=record()))
-    assert card.data.base_model == HUB_ID and card.data.license == "apache-2.0"
+    assert card.data.base_model == HUB_ID
     assert [row.split(" | ")[1] for row in table(section(card.text, "Licence"))[2:]] == [
         f"[{name}](https://huggingface.co/{name})" for name in (HUB_ID, WAN, QWEN_7B)
     ]
