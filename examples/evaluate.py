@@ -240,7 +240,8 @@ def settings_before_loading(args: argparse.Namespace, dtype: str) -> dict:
             "seed": args.seed,
             "split": "test" if is_levels or args.unseen_photos else "train",
             "drawn": f"levels {LEVELS_DRAWN}" if is_levels else f"edits {EDITS_DRAWN}",
-        } | ({"kinds": sorted(args.kinds)} if args.kinds else {})
+            "kinds": sorted(args.kinds) if args.kinds else None,
+        }
     return settings
 
 

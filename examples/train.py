@@ -18,6 +18,7 @@ import re
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
 from fractions import Fraction
@@ -329,6 +330,8 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         args.buckets = parse_buckets(args.buckets or SYNTHETIC_BUCKET)
     except ValueError as error:
         parser.error(str(error))
+    if args.train_data == args.validation_data == "synthetic":
+        parser.error("--validation_data synthetic would be what is trained on: without it pairs are held out")
     if args.train_data == "synthetic" and len(args.buckets) > 1:
         parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
     if args.distill_steps is not None and args.stage == "edit":
@@ -387,9 +390,14 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         args.resume_from_checkpoint = next(iter(checkpoints(args.output)[::-1]), None)
     else:
         try:
-            read_state(args.resume_from_checkpoint)
+            step = read_state(args.resume_from_checkpoint)["step"]
         except FileNotFoundError as error:
             parser.error(f"--resume_from_checkpoint: {error}")
+        if later := [path for path in checkpoints(args.output) if read_state(path)["step"] > step]:
+            parser.error(
+                f"--output {args.output} holds {later[-1].name}, which is later than --resume_from_checkpoint"
+                f" {args.resume_from_checkpoint}: delete it, or name another --output"
+            )
 
 
 def check_alignment(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -421,6 +429,22 @@ def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace
         if getattr(args, name) not in (0, parser.get_default(name)):
             parser.error(f"--distill_steps and --{name} do not go together: the teacher sees all, and is not aligned")
         setattr(args, name, 0.0)
+
+
+def check_teacher(args: argparse.Namespace, pipe: RVEDiTPipeline) -> None:
+    """Refuse a pipeline of which a teacher would be another editor than it is."""
+    if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        name = type(pipe.scheduler).__name__
+        raise ValueError(
+            f"--distill_steps learns the steps of a FlowMatchEulerDiscreteScheduler, but the pipeline has a {name}:"
+            " save it with one of the same shift"
+        )
+    scale = pipe.config.default_source_guidance_scale
+    if scale != 1:
+        raise ValueError(
+            "--distill_steps has a teacher without guidance by the source, but the pipeline has the"
+            f" default_source_guidance_scale {scale:g}: save it with 1.0"
+        )
 
 
 def aligns_with_next(args: argparse.Namespace) -> bool:
@@ -634,12 +658,8 @@ def main(argv: list[str] | None = None) -> None:
                 config = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")
                 skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
-        if args.distill_steps is not None and not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
-            name = type(pipe.scheduler).__name__
-            raise ValueError(
-                "--distill_steps learns the steps of a FlowMatchEulerDiscreteScheduler, but the pipeline has a"
-                f" {name}: save it with one of the same shift"
-            )
+        if args.distill_steps is not None:
+            check_teacher(args, pipe)
     except Exception as error:  # files, the network and the Hub's client fail in many ways
         fail(f"--model {args.model}: {error}", 2)
     pipe.set_progress_bar_config(disable=True)
@@ -757,7 +777,11 @@ def main(argv: list[str] | None = None) -> None:
     engine = model if is_deepspeed(accelerator) else None
     step, spent, nonfinite, nonfinite_in_a_row = 0, 0.0, 0, 0
     if args.resume_from_checkpoint is not None:
-        state = load_checkpoint(args.resume_from_checkpoint, modules, branches.heads, optimizer, ema, averages, engine)
+        learned = (modules, branches.heads, optimizer, ema, averages, engine)
+        try:
+            state = load_checkpoint(args.resume_from_checkpoint, *learned)
+        except ValueError as error:
+            fail(f"{args.resume_from_checkpoint} cannot be gone on from: {error}", 2)
         rates = scheduler.base_lrs  # of this run: a checkpoint's go with the settings that it was begun with
         scheduler.load_state_dict(state["lr_scheduler"])
         scheduler.base_lrs = rates
@@ -792,7 +816,11 @@ def main(argv: list[str] | None = None) -> None:
     twins = [part.twin if args.align_negatives == "twin" else None for part in (pairs, held_out)]
     samples = Samples(cached[0], draws, null_text, live_pairs[0], twins[0])
     fixed = [Samples(cached[1], FixedDraws(p), null_text, live_pairs[1], twins[1]) for p in (None, draws)]
-    sampler = BatchSampler([str(pairs.bucket(index)) for index in range(len(pairs))], global_batch_size, args.seed)
+    buckets = [str(pairs.bucket(index)) for index in range(len(pairs))]
+    for bucket, count in Counter(buckets).items():
+        if main_process and count < global_batch_size:
+            print(f"note: bucket {bucket} has {count} pairs, which are repeated to fill a batch of {global_batch_size}")
+    sampler = BatchSampler(buckets, global_batch_size, args.seed)
     batches = torch.utils.data.DataLoader(
         samples,
         batch_sampler=numbered_batches(sampler, step, rank, num_processes, args.gradient_accumulation_steps),
@@ -862,6 +890,8 @@ def main(argv: list[str] | None = None) -> None:
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not main_process)
     meter = LossMeter(device, "flow" if is_edit else "connect")
     last = {}
+    for entry in read_log(args.output / "log.jsonl") if main_process else ():  # of a run that is gone on with
+        last |= {name: value for name, value in entry.items() if name != "step"}
     if not is_edit and args.validation_steps and len(held_out):  # what the converted base has lost, and can have back
         for is_base in (True, False):
             last |= held_out_loss(accelerator, model, fixed[0], collate, args.train_batch_size, is_base)
@@ -897,7 +927,10 @@ def main(argv: list[str] | None = None) -> None:
                 loss = flow_loss.mean()
                 if align_loss is not None:
                     ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
-                    loss = loss + args.align_weight * ramp * align_loss.mean()
+                    told = batch["keep_instruction"]  # without an instruction both branches read the same
+                    aligned = (align_loss * told).sum() / told.sum().clamp(min=1)
+                    loss = loss + args.align_weight * ramp * aligned
+                    align_loss = align_loss.where(told > 0, math.nan)
                 num_candidates = 2
                 if args.align_loss == "infonce" and align_loss is not None:
                     num_candidates = batch["align_positions"].shape[1]
@@ -933,6 +966,7 @@ def main(argv: list[str] | None = None) -> None:
             entry |= {"gradient_norm": norm, "nonfinite": nonfinite, "lr": scheduler.get_last_lr()[0]}
             entry |= {"epoch": step / sampler.batches_per_epoch, "seconds_per_step": seconds}
             entry = {name: value for name, value in entry.items() if math.isfinite(value)}
+        paused = time.monotonic()
         if args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps):
             try:
                 entry |= validate()
@@ -947,6 +981,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             save(args.output / f"checkpoint-{step}")
+        ticks = (ticks[0] + time.monotonic() - paused, ticks[1])
 
     # 5. The result is what the pipeline loads; the alignment heads stay behind
     branches.eval()

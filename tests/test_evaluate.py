@@ -28,6 +28,7 @@ from rvedit_diffusers.evaluation import (  # noqa: E402
     ScoreRecord,
     SingleEdits,
     Task,
+    configs_hash,
     format_table,
     model_name,
     pending_rounds,
@@ -345,6 +346,22 @@ def test_other_settings_in_the_same_folder_are_refused(run, copied, model, capsy
     with pytest.raises(SystemExit):
         run(f"--model={model}", f"--output={copied}", *LEVELS, *options)
     assert name in capsys.readouterr().err and (copied / "scores-0.jsonl").read_bytes() == before
+
+
+def test_items_of_some_kinds_are_not_taken_for_all(run, model, tmp_path, capsys):
+    options = (f"--model={model}", f"--output={tmp_path / 'scores'}", "--levels=L1", "--num_samples=1", *SIZE)
+    run(*options, "--kinds", "remove")
+    with pytest.raises(SystemExit):
+        run(*options)
+    assert "begun with kinds ['remove']" in capsys.readouterr().err
+
+
+def test_another_processor_is_another_configuration():
+    pipe = build_pipeline()
+    before = configs_hash(pipe)
+    pipe.processor.max_frames -= 1
+    assert configs_hash(pipe) != before
+    assert configs_hash(build_pipeline()) == before
 
 
 def test_other_weights_under_the_same_name_are_refused(run, copied, model, tmp_path, capsys):

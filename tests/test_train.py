@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -308,6 +309,54 @@ def test_an_earlier_run_is_not_written_over(model, cache, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run(model, cache, tmp_path, "--max_train_steps=1", *QUIET, *LORA)
     assert error.value.code == 2 and "--resume_from_checkpoint" in capsys.readouterr().err
+
+
+def test_going_back_to_an_earlier_checkpoint_does_not_mix_with_later_ones(model, cache, tmp_path, capsys):
+    options = ("--checkpointing_steps=1", *QUIET, *LORA)
+    run(model, cache, tmp_path, "--max_train_steps=10", *options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    back = ("--max_train_steps=10", f"--resume_from_checkpoint={tmp_path / 'checkpoint-9'}", *options)
+    with pytest.raises(SystemExit) as error:
+        run(model, cache, tmp_path, *back)
+    assert error.value.code == 2 and "holds checkpoint-10, which is later than" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "checkpoint-10")
+    assert run(model, cache, tmp_path, *back)[-1]["step"] == 10
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--lora_rank=3",), "holds other parameters than transformer"),
+        (("--ema_decay=0.9",), "holds no moving average"),
+        (("--align_loss=cosine",), "the alignment heads have the shapes"),
+        (("--align_blocks", "0"), "the alignment heads have the shapes"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_in_a_line(model, cache, tmp_path, capsys, options, words):
+    run(model, cache, tmp_path, "--max_train_steps=1", *QUIET, *LORA)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    again = ("--max_train_steps=2", "--resume_from_checkpoint=latest", "--allow_config_change", *QUIET, *LORA)
+    with pytest.raises(SystemExit) as error:
+        run(model, cache, tmp_path, *again, *options)
+    assert error.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_complete_run_that_is_started_again_keeps_its_card(model, cache, tmp_path):
+    options = ("--max_train_steps=2", *QUIET, *LORA)
+    run(model, cache, tmp_path, *options)
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "| flow, last |" in card
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(model, cache, tmp_path, *options, "--resume_from_checkpoint=latest")
+    assert (tmp_path / "lora" / "README.md").read_text() == card
+
+
+def test_what_has_no_instruction_is_not_aligned(model, cache, tmp_path):
+    """Both branches are the same there, and their agreement is no information about the edit."""
+    options = ("--max_train_steps=2", "--align_weight=1", *QUIET, *LORA)
+    entries = run(model, cache, tmp_path, "--drop_all=0", "--drop_instruction=1", *options)
+    assert all("align" not in entry and "information_nats" not in entry for entry in entries)
+    assert all(entry["flow"] > 0 for entry in entries)
 
 
 def test_what_learns_and_what_is_frozen(model, cache, tmp_path):
@@ -805,6 +854,20 @@ def test_a_dry_run_scans_and_estimates(model, table, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out" / "cache").iterdir()] == ["files.jsonl"]
 
 
+def test_a_dry_run_counts_what_learns_in_float32(model, tmp_path, capsys):
+    def size(*folders):
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
+    half = tmp_path / "half"
+    RVEDiTPipeline.from_pretrained(model, torch_dtype=torch.bfloat16).save_pretrained(half)
+    train.main([f"--model={half}", f"--output={tmp_path / 'out'}", "--dry_run", "--training_type=full", *QUIET])
+    found = re.search(r"\npipeline +([\d.]+) MiB", capsys.readouterr().out)
+    learned = [[folder / name for name in ("transformer", "distiller")] for folder in (half, model)]
+    expected = size(half) - size(*learned[0]) + size(*learned[1])
+    assert float(found[1]) * 2**20 == pytest.approx(expected, abs=0.03 * 2**20)
+    assert size(*learned[1]) - size(*learned[0]) > 0.06 * 2**20  # what else would be counted
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -889,6 +952,7 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"kinds": ["grade"]}', "--kinds is for --levels"),
         ('{"levels": ["L1", "L4"], "kinds": ["remove", "grade"]}', "L4 has none of"),
         ('{"levels": ["OOD"]}', "--levels"),
+        ('{"validation_data": "synthetic"}', "--validation_data synthetic would be what is trained on"),
         ('{"stage": "connect", "train_distiller": "none"}', "--train_distiller none"),
         ('{"resume_from_checkpoint": "absent"}', "absent"),
         ("[]", "--config"),

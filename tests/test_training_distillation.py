@@ -150,6 +150,14 @@ def test_a_lora_learns_few_steps(arguments, tmp_path):
     assert pipe.config.default_guidance_scale == 3.0
 
 
+def test_guidance_by_the_source_is_refused(pipe, arguments, tmp_path, capsys):
+    pipe.register_to_config(default_source_guidance_scale=1.5)
+    pipe.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        train.main([*arguments, "--distill_steps=2"])
+    assert "default_source_guidance_scale 1.5: save it with 1.0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, ConfigMixin
+from diffusers import AutoencoderKLWan
 from torch import nn
+from transformers import ProcessorMixin
 
 from ..pipeline_rvedit import RVEDiTPipeline
 from ..training.cache import hash_tensor
@@ -140,13 +141,16 @@ def configs_hash(pipe: RVEDiTPipeline) -> str:
     """What tells pipelines with the same weights from each other: 16 digits of a hash of their configurations.
 
     Args:
-        pipe ([`RVEDiTPipeline`]): What it and its components of diffusers are configured with.
+        pipe ([`RVEDiTPipeline`]): What it and its components are configured with, but for folders and versions.
     """
-    configs = {
-        name: {key: value for key, value in dict(part.config).items() if key[0] != "_"}
-        for name, part in {"pipeline": pipe, **pipe.components}.items()
-        if isinstance(part, ConfigMixin)
-    }
+    configs = {}
+    for name, part in {"pipeline": pipe, **pipe.components}.items():
+        config = part.to_dict() if isinstance(part, ProcessorMixin) else getattr(part, "config", {})
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        configs[name] = {k: value for k, value in config.items() if k[0] != "_" and k != "transformers_version"}
+    tokenizers = [pipe.tokenizer, getattr(pipe.processor, "tokenizer", None)]
+    configs["vocabularies"] = [tokenizer and tokenizer.get_vocab() for tokenizer in tokenizers]
+    configs["chat_template"] = getattr(pipe.processor, "chat_template", None)
     return hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 

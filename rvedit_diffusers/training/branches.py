@@ -221,7 +221,8 @@ class EditingBranches(nn.Module):
                 for each in tokens
             ]
 
-        # 2. The editing branch
+        # 2. The editing branch. PyTorch before 2.10 would give it the copies that autocast has made without gradients
+        torch.clear_autocast_cache()
         output = self.transformer(**condition, **source, **self._tokens(batch), return_features=self.align_blocks)
         losses = []
         for head, *features in zip(self.heads, output.features, *targets, strict=True):

@@ -274,7 +274,8 @@ def load_checkpoint(
     """Read back what [`save_checkpoint`] wrote, into the same modules and optimizer; returns `state`.
 
     Raises:
-        ValueError: Other parameters learn than those that were saved, or there is no average in the checkpoint.
+        ValueError: Other parameters learn than those that were saved, or of other shapes, or there is no average in
+            the checkpoint.
     """
     folder = Path(folder)
     state = read_state(folder)
@@ -286,9 +287,12 @@ def load_checkpoint(
             shadow.copy_(parameter.detach())
         ema.optimization_step = state["ema_steps"]
     load_weights(folder, modules)
-    targets = named_weights(others)
+    targets, saved = named_weights(others), dict(_read(folder / "others.safetensors"))
+    shapes = [{name: tuple(value.shape) for name, value in each.items()} for each in (saved, targets)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"the alignment heads have the shapes {shapes[1]}, but in {folder} {shapes[0]}")
     with torch.no_grad():
-        for name, value in _read(folder / "others.safetensors"):
+        for name, value in saved.items():
             _assign(targets[name], value)
 
     if engine is not None:

@@ -218,7 +218,8 @@ def describe_needs(
 
     Args:
         args (`argparse.Namespace`): Options of `examples/train.py`.
-        base (`Path`): Folder of the pipeline to train. A result that is a pipeline is as large.
+        base (`Path`): Folder of the pipeline to train. A result that is a pipeline is as large, but for what learns,
+            which is written as it has learned: in float32.
         pipe ([`RVEDiTPipeline`]): See [`pair_tensors`]; without transformer.
         branches ([`~rvedit_diffusers.training.branches.EditingBranches`]): On the meta device, with adapters.
         pairs ([`EditPairs`]): To train on.
@@ -254,7 +255,13 @@ def describe_needs(
     checkpoint = checkpoint_bytes(branches, optimizer_bytes, bool(args.ema_decay))
     disk = {"cache": cache, f"checkpoints, {num_kept}": num_kept * checkpoint}
     if args.training_type != "lora" or args.train_distiller != "none" or args.train_text_encoder:
-        disk["pipeline"] = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
+        learned = {"transformer": transformer if args.training_type == "full" else None}
+        learned |= {"distiller": pipe.distiller if args.train_distiller != "none" else None}
+        learned |= {"text_encoder": pipe.text_encoder if args.train_text_encoder else None}
+        learned = {name: module for name, module in learned.items() if module is not None}
+        copied = [path for path in base.rglob("*") if path.is_file() and path.relative_to(base).parts[0] not in learned]
+        disk["pipeline"] = sum(path.stat().st_size for path in copied)
+        disk["pipeline"] += sum(num_bytes(module.state_dict().values()) for module in learned.values())
     notes = []
     if tokens == "none":
         notes.append("the MLLM, which runs in every step")
