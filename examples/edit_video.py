@@ -8,6 +8,7 @@ known, is edited with the embedded checkpoint into out/demo/.
 """
 
 import argparse
+import gc
 import logging
 import math
 import os
@@ -22,11 +23,12 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from diffusers import AutoencoderKLWan
 
-from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
+from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, RVEDiTTransformer3DModel
 from rvedit_diffusers.files import told_in_a_line
 from rvedit_diffusers.synthetic import demo_edit
-from rvedit_diffusers.video import VIDEO_SUFFIXES, read_video, write_strip, write_video
+from rvedit_diffusers.video import VIDEO_SUFFIXES, Video, read_video, write_strip, write_video
 
 
 DEMO_FOLDER = Path("out/demo")
@@ -166,9 +168,34 @@ def loading(parser: Parser, option: str, name: str) -> Iterator[None]:
     except Exception as error:
         while not is_local and error.__cause__ is not None:
             error = error.__cause__
-        parser.error(f"{option} {name}: cannot be loaded{'' if is_local else ' from the Hub'}: {told_in_a_line(error)}")
+        parser.error(
+            f"{option} {name}: cannot be loaded{'' if is_local else ' from the Hub'}: {told_in_a_line(error)}"
+        )
     finally:
         logging.disable(logging.NOTSET)
+
+
+def read_clip(parser: Parser, args: argparse.Namespace) -> Video:
+    """The clip, of which no more is decoded than the model has positions for; a longer one is refused."""
+    limit = args.num_frames
+    if limit is None:
+        with loading(parser, "--model", args.model):
+            folder = args.model if os.path.isdir(args.model) else RVEDiTPipeline.download(args.model)
+            transformer = RVEDiTTransformer3DModel.load_config(folder, subfolder="transformer")
+            vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
+            latent_frames = transformer.get("rope_max_seq_len", 1024) * transformer.get("patch_size", (1, 2, 2))[0]
+            limit = (latent_frames - 1) * vae.get("scale_factor_temporal", 4) + 1
+    try:
+        clip = read_video(args.video, max_frames=limit if args.num_frames else limit + 1)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error).replace("`path`", "VIDEO"))
+    except (OSError, MemoryError) as error:
+        parser.error(f"VIDEO: {told_in_a_line(error)}")
+    if clip.num_frames > limit:
+        parser.error(
+            f"VIDEO {args.video}: has more than the {limit} frames that --model has positions for: --num_frames"
+        )
+    return clip
 
 
 def load_pipeline(
@@ -195,6 +222,8 @@ def load_pipeline(
 def place(pipe: RVEDiTPipeline, device: torch.device, offload: str) -> None:
     """Put a pipeline on a device, or where its parts rest until they run."""
     if offload == "auto":
+        gc.collect()  # what another pipeline has left counts as taken
+        torch.cuda.empty_cache()
         models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
         sizes = [sum(parameter.nbytes for parameter in model.parameters()) for model in models]
         limit = 0.7 * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
@@ -271,12 +300,7 @@ def main(argv: list[str] | None = None) -> None:
             check_file(parser, "--output", args.output, VIDEO_SUFFIXES)
         if args.compare is not None:
             check_file(parser, "--compare", args.compare, (".png",))
-        try:
-            clip = read_video(args.video, max_frames=args.num_frames)
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error).replace("`path`", "VIDEO"))
-        except (OSError, MemoryError) as error:
-            parser.error(f"VIDEO: {told_in_a_line(error)}")
+        clip = read_clip(parser, args)
         if args.output is None:
             args.output = Path(f"{clip.path.stem}_edited.mp4")
             check_file(parser, "--output", args.output, VIDEO_SUFFIXES)

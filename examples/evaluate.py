@@ -74,6 +74,7 @@ from rvedit_diffusers.evaluation import (
     write_strips,
 )
 from rvedit_diffusers.evaluation.public import READERS
+from rvedit_diffusers.files import told_in_a_line
 from rvedit_diffusers.synthetic import (
     LEVELS,
     NEW_OPERATIONS,

@@ -819,7 +819,9 @@ def main(argv: list[str] | None = None) -> None:
     buckets = [str(pairs.bucket(index)) for index in range(len(pairs))]
     for bucket, count in Counter(buckets).items():
         if main_process and count < global_batch_size:
-            print(f"note: bucket {bucket} has {count} pairs, which are repeated to fill a batch of {global_batch_size}")
+            print(
+                f"note: bucket {bucket} has {count} pairs, which are repeated to fill a batch of {global_batch_size}"
+            )
     sampler = BatchSampler(buckets, global_batch_size, args.seed)
     batches = torch.utils.data.DataLoader(
         samples,

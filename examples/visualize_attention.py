@@ -32,6 +32,7 @@ from edit_video import (
     load_pipeline,
     loading,
     natural,
+    read_clip,
     staged,
 )
 
@@ -52,10 +53,11 @@ from rvedit_diffusers.attention_pictures import (
     number,
     write_attention_picture,
 )
+from rvedit_diffusers.files import told_in_a_line
 from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.synthetic.metrics import edit_map
 from rvedit_diffusers.training.branches import default_align_blocks
-from rvedit_diffusers.video import read_video, write_video
+from rvedit_diffusers.video import write_video
 
 
 NUM_WORDS = 8  # of a longer instruction the most selective ones are drawn
@@ -311,12 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt, fps, frames = demo.instruction, DEMO_FPS, demo.source_frames[: args.num_frames]
         print(f'demo clip: "{prompt}"')
     else:
-        try:
-            clip = read_video(args.video, max_frames=args.num_frames)
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error).replace("`path`", "VIDEO"))
-        except (OSError, MemoryError) as error:
-            parser.error(f"VIDEO: {told_in_a_line(error)}")
+        clip = read_clip(parser, args)
         prompt, fps, frames = args.prompt, clip.fps, clip.frames
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

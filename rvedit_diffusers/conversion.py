@@ -536,7 +536,9 @@ def _carry_over(files: list[Path], target: Path, link: bool) -> None:
     size = 0 if link else sum(path.stat().st_size for path in files)
     _check_space(size, target)
     for path in tqdm(files, desc=target.name, unit="file"):
-        if link and path.suffix == ".safetensors":  # configurations may be changed where they lie, weights are replaced
+        if (
+            link and path.suffix == ".safetensors"
+        ):  # configurations may be changed where they lie, weights are replaced
             (target / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target / path.name)

@@ -25,7 +25,21 @@ VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")  # containers that write_video
 
 # Square pixels: the side on which pixels are longer is enlarged, so that no sample of the source is lost.
 _SQUARE_PIXELS = "scale=w=round(iw*max(sar\\,1)):h=round(ih*max(1/sar\\,1)):flags=bicubic+accurate_rnd+full_chroma_int"
-_TO_RGB = f"{_SQUARE_PIXELS},format=rgb24"
+# High dynamic range to BT.709: its white, of 203 nits (ITU-R BT.2408), becomes white; what is brighter is compressed.
+_TO_SDR = (
+    "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius,zscale=t=bt709:m=bt709,format=yuv444p10"
+)
+_HDR = ("smpte2084", "arib-std-b67")
+_MATRICES = (
+    "bt",
+    "smpte",
+    "fcc",
+    "ycgco",
+    "gbr",
+    "ictcp",
+    "ipt",
+    "chroma",
+)  # how the names of those that are known begin
 
 
 @dataclass
@@ -145,13 +159,27 @@ def _frame_rate(nominal: Fraction | None, times: list[Fraction]) -> Fraction:
         regular = sum(abs(step - 1 / nominal) <= 1 / nominal / 2 for step in steps)
         if regular >= 0.9 * len(steps) and abs(duration - len(steps) / nominal) <= Fraction(1, 5):
             return nominal
-    return (len(steps) / duration).limit_denominator(1001)
+    return max((len(steps) / duration).limit_denominator(1001), Fraction(1, 1001))
+
+
+def _to_rgb(path: Path) -> str:
+    # Filters to RGB, by what the file's header says of its colours. Of a large frame that says nothing it is that of
+    # high definition, as players take it; ffmpeg itself would take that of the television before it.
+    _, _, log = _run_ffmpeg(["-i", f"file:{path.resolve()}"])
+    streams = re.findall(r"Stream #0:\d+.*: Video: .*?, (\w+)(?:\(([^)]*)\))?, (\d+)x(\d+)(?!.*attached pic)", log)
+    pixels, said, width, height = streams[0] if streams else ("", "", 0, 0)
+    if any(transfer in said for transfer in _HDR):
+        return f"{_TO_SDR},{_SQUARE_PIXELS},format=rgb24"
+    is_high = pixels.startswith("yuv") and (int(width) >= 1280 or int(height) > 576)
+    if is_high and not any(name.startswith(_MATRICES) for name in said.split(", ")):
+        return f"{_SQUARE_PIXELS}:in_color_matrix=bt709,format=rgb24"
+    return f"{_SQUARE_PIXELS},format=rgb24"
 
 
 def _decode(path: Path, start: int, max_frames: int | None, output: list[str]) -> tuple[VideoInfo, bytearray]:
     # `V` leaves out cover pictures; showinfo logs the exact time base, rate, time stamps and size of what comes out.
     trim = f"trim=start_frame={start}" + (f":end_frame={start + max_frames}" if max_frames is not None else "")
-    filters = f"{trim},{_TO_RGB},showinfo=checksum=0"
+    filters = f"{trim},{_to_rgb(path)},showinfo=checksum=0"
     source = ["-i", f"file:{path.resolve()}", "-map", "0:V:0"]
     code, data, log = _run_ffmpeg([*source, "-vf", filters, "-fps_mode", "passthrough", *output])
     if code < 0 or "received signal" in log:  # Ctrl-C, or out of memory: ffmpeg ends as if the clip did
@@ -186,8 +214,10 @@ def read_video(path: str | os.PathLike, max_frames: int | None = None, start: in
     Decode a clip, an animation or a still image (a clip of one frame).
 
     Every coded frame is returned exactly once, in the order of display. The rotation flag is applied, pixels that are
-    not square are made so by enlarging the side on which they are longer, 10 bit and grey become 8 bit RGB, and an
-    alpha channel is dropped.
+    not square are made so by enlarging the side on which they are longer, 10 bit and grey become 8 bit RGB, an alpha
+    channel is dropped, and high dynamic range (PQ and HLG) is brought down to BT.709, whose white is at its 203 nits.
+    A clip that does not say by which matrix its colours are coded is read as players do: by BT.709 if it has 1280
+    columns or 577 rows, or more, else by BT.601.
 
     The rate is the one that the container declares, if nine in ten of the frames follow each other at it, to half a
     frame, and all of them at it last as long as the clip does, to 0.2 seconds. Otherwise (a variable frame rate) it is
@@ -259,7 +289,7 @@ def read_frames(path: str | os.PathLike, indices: Sequence[int]) -> Iterator[np.
         raise ValueError(f"`indices` must be one or more ascending numbers from 0 on, got {indices}")
     path = _check_readable(path, "path")
 
-    filters = f"trim=start_frame={indices[0]}:end_frame={indices[-1] + 1},{_TO_RGB}"
+    filters = f"trim=start_frame={indices[0]}:end_frame={indices[-1] + 1},{_to_rgb(path)}"
     source = ["-i", f"file:{path.resolve()}", "-map", "0:V:0"]
     output = ["-vf", filters, "-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
     repeats = Counter(indices)
@@ -341,7 +371,7 @@ def write_video(
         raise ValueError(f"`crf` must be in [0, 51], got {crf}")
     frames = _as_uint8(frames)
     num_frames, height, width, _ = frames.shape
-    fps = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
+    fps = fps if isinstance(fps, Fraction) else max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
     if audio_from is not None:
         audio_from = _check_readable(audio_from, "audio_from")
 

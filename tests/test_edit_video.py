@@ -1,5 +1,7 @@
+import json
 import re
 import runpy
+import shutil
 import sys
 import time
 from fractions import Fraction
@@ -342,3 +344,19 @@ def test_folder_in_the_way_of_a_demo_file(run, model):
     assert status == 2
     assert err.endswith("\nedit_video.py: error: the result cannot be written: out/demo/compare.png is a folder\n")
     assert files == []
+
+
+def test_a_clip_that_is_too_long_is_refused_before_all_of_it_is_decoded(run, model, tmp_path, monkeypatch):
+    own = shutil.copytree(model, tmp_path / "model")
+    path = own / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rope_max_seq_len": 1}))
+    decoded = []
+
+    def read(path, max_frames=None):
+        decoded.append(max_frames)
+        return read_video(path, max_frames)
+
+    monkeypatch.setattr("rvedit_diffusers.video.read_video", read)
+    status, _, err, _ = run("clip.mp4", "make it red", "--model", own)
+    assert status == 2 and "VIDEO clip.mp4: has more than the 1 frames" in err
+    assert decoded == [2]

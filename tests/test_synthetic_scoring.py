@@ -57,7 +57,9 @@ def guard_rows(level: str) -> dict[str, list]:
         wrong_values = [label for label in labels if label.startswith("wrong value")]
         # what is white already is not edited by turning white; a colour that a later operation changes is none
         same = (instead(), item.target_frames)
-        wrong_values = [l for l in wrong_values if not any(np.array_equal(instead(labels[l]), clip) for clip in same)]
+        wrong_values = [
+            name for name in wrong_values if not any(np.array_equal(instead(labels[name]), c) for c in same)
+        ]
         label = wrong_values[rng.integers(len(wrong_values))] if wrong_values else None
         if label:
             rows["wrong value"].append((label, judge(instead(labels[label]))[step]))

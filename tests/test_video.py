@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rvedit_diffusers.video import probe_video, read_frames, read_video, write_strip, write_video
+from rvedit_diffusers.video import _frame_rate, probe_video, read_frames, read_video, write_strip, write_video
 
 
 def ffmpeg(*arguments):
@@ -132,6 +132,46 @@ def test_frames_can_be_written_to(tmp_path):
     clip = read_video(make_clip(tmp_path / "clip.mp4", num_frames=2))
     clip.frames[0] = 0
     assert clip.frames[0].max() == 0
+
+
+def make_colours(path, filters, width=64):
+    """Grey, red and white of BT.709, 128, (192, 32, 32) and 255, through filters; gives the three that were read."""
+    frame = np.full((48, width, 3), (192, 32, 32), np.uint8)
+    frame[:, : width // 4], frame[:, -width // 4 :] = 128, 255
+    Image.fromarray(frame).save(path.with_suffix(".png"))
+    ffmpeg("-i", path.with_suffix(".png"), "-vf", filters, "-c:v", "libx264", "-crf", "4", path)
+    found = read_video(path).frames[0]
+    (again,) = read_frames(path, [0])
+    np.testing.assert_array_equal(found, again)
+    return found[24, [width // 8, width // 2, -width // 8]].astype(int)
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_high_dynamic_range_is_brought_down(tmp_path, transfer):
+    """A clip of common colours, mastered with its white at 203 nits."""
+    tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    linear = f"scale=out_color_matrix=bt709:out_range=tv,format=yuv444p,{tags},zscale=t=linear:npl=203"
+    code = f"zscale=t={transfer}:m=bt2020nc:r=tv:npl=203,format=yuv420p10le"
+    grey, red, white = make_colours(tmp_path / "hdr.mp4", f"{linear},format=gbrpf32le,zscale=p=bt2020,{code}")
+    assert np.abs(grey - 128).max() <= 3 and np.abs(red - (192, 32, 32)).max() <= 10
+    assert white.min() > 225 and np.ptp(white) <= 3  # the room above it is for what is brighter
+
+
+@pytest.mark.parametrize("width, matrix", [(64, "bt601"), (1280, "bt709")])
+def test_colours_without_a_matrix_are_read_as_players_do(tmp_path, width, matrix):
+    untold = "setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown"
+    scale = f"scale=out_color_matrix={matrix}:out_range=tv,format=yuv420p"
+    for name, tags in (("untold", untold), ("told", "setparams=colorspace=smpte170m")):
+        if name == "told":
+            scale = scale.replace("bt709", "bt601")
+        _, red, _ = make_colours(tmp_path / f"{name}.mp4", f"{scale},{tags}", width)
+        assert np.abs(red - (192, 32, 32)).max() <= 3, name
+
+
+def test_a_rate_of_almost_nothing_is_not_none(tmp_path):
+    assert _frame_rate(None, [Fraction(0), Fraction(3000)]) == Fraction(1, 1001)
+    write_video(tmp_path / "slow.mkv", gradient_frames(2), 0.0004)
+    assert read_video(tmp_path / "slow.mkv").num_frames == 2
 
 
 @pytest.mark.parametrize("options", [("-pix_fmt", "gray"), ("-pix_fmt", "yuv420p10le"), ("-pix_fmt", "yuv444p")])

@@ -28,7 +28,7 @@ SAME_IN_CAPTIONED = {  # what a captioned clip, a pair of one clip, has no secon
     "reference_edit_tokens": "edit_tokens",
     "reference_visual_tokens": "visual_tokens",
 }
-VERSION = 2  # to be raised when `encode_pairs` makes something else of the same pair
+VERSION = 3  # to be raised when `encode_pairs` makes something else of the same pair
 IN_TURNS = 16  # pairs that one model encodes before the next, where they take turns on a device
 MAX_TEXT_LENGTH = 512  # as the pipeline's `max_sequence_length`
 

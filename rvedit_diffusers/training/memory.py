@@ -259,7 +259,9 @@ def describe_needs(
         learned |= {"distiller": pipe.distiller if args.train_distiller != "none" else None}
         learned |= {"text_encoder": pipe.text_encoder if args.train_text_encoder else None}
         learned = {name: module for name, module in learned.items() if module is not None}
-        copied = [path for path in base.rglob("*") if path.is_file() and path.relative_to(base).parts[0] not in learned]
+        copied = [
+            path for path in base.rglob("*") if path.is_file() and path.relative_to(base).parts[0] not in learned
+        ]
         disk["pipeline"] = sum(path.stat().st_size for path in copied)
         disk["pipeline"] += sum(num_bytes(module.state_dict().values()) for module in learned.values())
     notes = []
