@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from diffusers.utils.torch_utils import is_compiled_module
 from transformers import PreTrainedTokenizerBase
 
 from .pipeline_rvedit import RVEDiTPipeline
@@ -211,8 +212,13 @@ def record_attention(
         `dict[int, BlockAttention]`: By block, in the order of `blocks`; filled when the `with` block ends.
 
     Raises:
-        `ValueError`: if there is no such block, or, at the end, a block was recorded in no step.
+        `ValueError`: if there is no such block, the transformer is compiled or split over processes, or, at the end, a
+            block was recorded in no step.
     """
+    if is_compiled_module(transformer) or any(module._compiled_call_impl for module in transformer.modules()):
+        raise ValueError("`transformer` has to be eager, but is compiled: load it anew to record what it reads.")
+    if getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None) is not None:
+        raise ValueError("`transformer` has to be whole, but its sequence is split over processes.")
     blocks = list(blocks)
     num_blocks = len(transformer.blocks)
     if not blocks or not all(index in range(num_blocks) for index in blocks):

@@ -5,6 +5,7 @@ import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 CELL, PANEL = 128, 224  # longer side of a frame in pixels, in the picture and in the clip
 GAP, LEFT, RIGHT = 6, 176, 132
+MAX_WIDTH = 16384  # of a clip in H.264
 SCALE_HEIGHT = 76  # at least, of a bar of colours: the notes beside it have five lines
 TITLE, TEXT, SMALL = (ImageFont.load_default(size=size) for size in (16, 14, 12))
 # black over violet and red to yellow, in equal steps
@@ -194,7 +196,8 @@ def _draw_scale(picture: Image.Image, x: int, y: int, height: int, highest: floa
 
 def draw_attention_clip(source: np.ndarray, columns: list[Column]) -> np.ndarray:
     """
-    Draw maps as a clip: source, edit and maps from left to right; pipelines below each other.
+    Draw maps as a clip: source, edit and maps from left to right, in further rows where H.264 has no room for more;
+    pipelines below each other.
 
     Args:
         source (`np.ndarray` of shape `(num_frames, height, width, 3)`): uint8.
@@ -209,13 +212,16 @@ def draw_attention_clip(source: np.ndarray, columns: list[Column]) -> np.ndarray
     top = 98  # five lines of text
     step = max(width, 176) + GAP  # as wide as the text
     step += step % 2
-    video = np.full((num_frames, len(columns) * (top + height), (2 + len(labels)) * step, 3), 255, np.uint8)
-    for place, column in enumerate(columns):
+    shown = [("source",), ("edited",), *labels]
+    per_row = min(len(shown), MAX_WIDTH // step)
+    rows = [shown[start : start + per_row] for start in range(0, len(shown), per_row)]
+    video = np.full((num_frames, len(columns) * len(rows) * (top + height), per_row * step, 3), 255, np.uint8)
+    for place, (column, row) in enumerate(product(columns, rows)):
         head = Image.new("RGB", (video.shape[2], top), "white")
         draw = ImageDraw.Draw(head)
         draw.text((2, 2), column.title, fill="black", font=TEXT)
         y = place * (top + height)
-        for at, label in enumerate([("source",), ("edited",), *labels]):
+        for at, label in enumerate(row):
             if label in labels and label not in column.maps:
                 continue
             x, lines = at * step, list(label)

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +220,20 @@ def test_blocks_that_there_are_not(shared_pipe, blocks):
     with pytest.raises(ValueError, match=r"`blocks` has to name one or more blocks in \[0, 1\], got \["):
         with record_attention(shared_pipe.transformer, blocks):
             pass
+
+
+def test_a_compiled_transformer_is_refused():
+    transformer = build_transformer()
+    transformer.compile_repeated_blocks(backend="eager")
+    with pytest.raises(ValueError, match="has to be eager"), record_attention(transformer, [0]):
+        pass
+
+
+def test_a_sequence_that_is_split_is_refused(monkeypatch):
+    transformer = build_transformer()
+    transformer._parallel_config = SimpleNamespace(context_parallel_config=object())
+    with pytest.raises(ValueError, match="split over processes"), record_attention(transformer, [0]):
+        pass
 
 
 def test_steps_that_there_are_not(shared_pipe, clip):

@@ -15,6 +15,7 @@ from rvedit_diffusers.attention_pictures import (
     paint,
     write_attention_picture,
 )
+from rvedit_diffusers.video import write_video
 
 
 NUM_FRAMES = 5
@@ -100,6 +101,18 @@ def test_clip_shows_every_frame_at_an_even_size():
         assert len({frame.tobytes() for frame in frames}) == NUM_FRAMES
     column.edited[:] = column.edited[0]
     assert len({frame.tobytes() for frame in draw_attention_clip(source, [column])}) == NUM_FRAMES
+
+
+def test_many_maps_take_further_rows(tmp_path):
+    """Of a model of 30 blocks; H.264 knows no wider frames."""
+    column = make_column()
+    heat = next(iter(column.maps.values()))
+    column.maps.update({(f"block {number}", "text"): heat for number in range(80)})
+    clip = draw_attention_clip(make_clip(), [column])
+    assert clip.shape[2] <= 16384 and clip.shape[1] == 2 * draw_attention_clip(make_clip(), [make_column()]).shape[1]
+    second = clip[:, clip.shape[1] // 2 :]
+    assert (second[:, 98:, :230] != 255).any() and (second[:, 98:, -230:] == 255).all()  # the last row is not full
+    write_video(tmp_path / "a.mp4", clip[:1], 8)
 
 
 def test_map_that_a_pipeline_lacks(tmp_path):
