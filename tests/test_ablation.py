@@ -719,6 +719,17 @@ def test_figures_of_a_run_have_intervals_over_seeds(outcomes):
     assert found.difference("routed", "uniform", "information_nats") is None
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_none_of_some_items_is_not_none_of_all(tmp_path, value):
+    """All resamples are the same then; seeds share their items, so that there are 8 of each level, not 24."""
+    success = {level: np.full(8, value) for level in LEVELS}
+    found = Ablation([write_run(tmp_path, "none", seed, success) for seed in range(3)], "none")
+    for levels, count in (("L3",), 8), (("L3", "L4"), 16):
+        figure, reach = found.figure("none", "union_success", levels), 1 - 0.025 ** (1 / count)
+        expected = (0.0, 0.0, reach) if value == 0 else (1.0, 1 - reach, 1.0)
+        assert tuple(figure) == pytest.approx(expected)
+
+
 def test_runs_of_other_items_are_refused(outcomes, tmp_path):
     other = write_run(tmp_path, "fourth", 0, draw_success(0, 0.5, count=9))
     with pytest.raises(ValueError, match="`outcomes` .*same items"):

@@ -13,7 +13,7 @@ from ..synthetic import LEVELS
 from ..training.checkpoint import read_log
 from ..training.sampler import derive_seed
 from .record import ScoreRecord
-from .report import INTERVAL, MEAN_LEVELS, NUM_RESAMPLES
+from .report import INTERVAL, MEAN_LEVELS, NUM_RESAMPLES, share_figures
 
 
 CLAIM_POINTS = 5.0
@@ -202,10 +202,18 @@ class Ablation:
         Args:
             row (`str`): With at least one run.
             name (`str`): Of the scores of `levels`, averaged over these; without levels, of `Outcome.figures`, whose
-                interval is that of the seeds.
+                interval is that of the seeds. Where none of the items succeeded, or all did, it is that of
+                [`share_figures`], of as many as there are items: seeds have the same ones.
         """
         values = self._values(row, name, levels, sorted(self.runs[row]))
-        return None if values is None else estimate(values)
+        if values is None:
+            return None
+        found, every = estimate(values), np.concatenate([each.ravel() for each in values.values()])
+        if every.min() == every.max():
+            closed = share_figures(name, every[: sum(each.shape[1] for each in values.values())])
+            if closed:
+                return Estimate(found.mean, closed[f"{name}_low"], closed[f"{name}_high"])
+        return found
 
     def difference(self, row: str, other: str, name: str, levels: Sequence[str] = ()) -> Estimate | None:
         """How much larger a figure of a row is than another row's, paired by seed and item; see [`Ablation.figure`].
