@@ -89,8 +89,8 @@ from rvedit_diffusers.synthetic.levels import DRAWN as LEVELS_DRAWN
 from rvedit_diffusers.synthetic.operations import GLOBAL, LOCAL
 
 
-# What is scored with three operations is compared with so many renderings; all workers share the memory, in bytes.
-RENDERINGS, SCORING_MEMORY = 300, 16 * 2**30
+# To score three operations takes the memory of so many clips; all workers share it, in bytes.
+RENDERINGS, SCORING_MEMORY = 100, 16 * 2**30
 GUARD_ROWS = ("copy-source", "vae-ceiling")
 EDITS_SEED = 5_000_000  # of single edits: training and its validation use seeds far below
 SYNTHETIC_COLUMNS = {

@@ -1,6 +1,7 @@
 """The metrics, guarded by edits of which is known what is right about them."""
 
 import builtins
+import tracemalloc
 from dataclasses import replace
 from functools import cache
 
@@ -291,3 +292,14 @@ def test_clips_of_another_size_and_bad_shares_are_refused():
 def test_an_operation_on_nothing_is_no_edit():
     item = first("L1", "remove")
     assert np.array_equal(item.render((Operation("remove", 99),)), item.source_frames)
+
+
+def test_a_judge_keeps_no_clips_of_wrong_edits():
+    """Of three operations there are hundreds; examples/evaluate.py counts on the memory of 100 clips at most."""
+    item = BenchmarkItems("L6", 31, num_frames=9, height=96, width=160)[0]
+    one, judge = item.source_frames.nbytes, Judge(item)
+    tracemalloc.start()
+    judge(item.source_frames)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(item.operations) == 3 and 20 * one < peak < 100 * one

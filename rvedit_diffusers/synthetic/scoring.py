@@ -22,52 +22,92 @@ Operations = tuple[Operation, ...]
 
 
 class Place:
-    """Some pixels of a clip, in which clips are compared frame by frame."""
+    """Some pixels of a clip, in which clips are compared frame by frame.
 
-    def __init__(self, region: np.ndarray):
-        self.region, self.where = region, np.nonzero(region)
+    Args:
+        indices (`np.ndarray`): Of the pixels in all frames together, ascending.
+        shape (`tuple[int, int, int]`): Frames, height and width of the clip.
+    """
 
-    def errors(self, frames: np.ndarray, others: list[np.ndarray]) -> np.ndarray:
-        """Summed squared differences from each of several clips, `(others, frames)`."""
-        own = frames[self.where].astype(np.float32)
-        differences = [own - other[self.where] for other in others]
-        squares = [np.einsum("pc, pc -> p", each, each) for each in differences]  # faster than a sum over channels
-        return np.stack([np.bincount(self.where[0], square, len(self.region)) for square in squares])
+    def __init__(self, indices: np.ndarray, shape: tuple[int, int, int]):
+        self.indices, self.shape = indices, shape
+        bounds = np.searchsorted(indices, np.arange(shape[0] + 1) * (shape[1] * shape[2]))
+        self.filled, self.starts = np.diff(bounds) > 0, bounds[:-1]
+
+    @classmethod
+    def where(cls, region: np.ndarray) -> "Place":
+        """Where `region`, `(frames, height, width)` bool, is true."""
+        return cls(np.flatnonzero(region).astype(np.int32 if region.size < 2**31 else np.int64), region.shape)
+
+    def pixels(self, frames: np.ndarray) -> np.ndarray:
+        """Those of a clip, `(pixels, 3)`."""
+        return frames.reshape(-1, 3)[self.indices]
+
+    def inside(self, other: "Place") -> np.ndarray:
+        """Which pixels of a place that holds all of this one are those of this one."""
+        return np.searchsorted(other.indices, self.indices)
+
+    def errors(self, own: np.ndarray, others: Iterable[np.ndarray]) -> np.ndarray:
+        """Summed squared differences of the pixels from those of each of several clips, `(others, frames)`."""
+        own, found = own.astype(np.float32), []
+        for other in others:
+            difference = own - other
+            squares = np.einsum("pc, pc -> p", difference, difference)  # faster than a sum over channels
+            found.append(np.zeros(self.shape[0]))
+            if self.filled.any():
+                found[-1][self.filled] = np.add.reduceat(squares, self.starts[self.filled], dtype=np.float64)
+        return np.stack(found)
 
 
 class Contest:
     """Renderings with the right operation and with one wrong one, in step with each other, and where they differ.
 
+    Of the wrong ones the pixels are kept that count: whole clips of all wrong edits would be tens of gigabytes.
+
     Args:
         right, wrong (`list[np.ndarray]`): Clips, the first ones with all other operations, the others with parts.
-        inside ([`Place`]): Where the right operation belongs.
+        region (`np.ndarray`): Where the right operation belongs, `(frames, height, width)` bool.
+        inside ([`Place`]): The same.
         difference (`int`): Of 255, from which on a pixel counts as different.
     """
 
-    def __init__(self, right: list[np.ndarray], wrong: list[np.ndarray], inside: Place, difference: int):
-        self.right, self.wrong, self.inside = right, wrong, inside
+    def __init__(
+        self, right: list[np.ndarray], wrong: list[np.ndarray], region: np.ndarray, inside: Place, difference: int
+    ):
+        self.right, self.inside = right, inside
         apart = [differs(*pair, difference) for pair in zip(right, wrong, strict=True)]
-        self.counts = (apart[0] & inside.region).sum((1, 2)) >= DISTINCT_PIXELS
-        beside = [each & ~inside.region for each in apart]
-        self.elsewhere = np.logical_or.reduce(beside)
+        self.counts = (apart[0] & region).sum((1, 2)) >= DISTINCT_PIXELS
+        beside = [each & ~region for each in apart]
         self.counts_elsewhere = [each.sum((1, 2)) >= DISTINCT_PIXELS for each in beside]
-        self.whole, *self.places = [Place(each) for each in (inside.region | self.elsewhere, *beside)]
+        self.places = [Place.where(each) for each in beside]
+        self.whole = Place.where(np.logical_or.reduce([region, *beside]))
+        self.wrong = [self.whole.pixels(each) for each in wrong]
 
     def won(self, frames: np.ndarray, right_errors: np.ndarray, share: float) -> bool:
         """Whether a clip shows the right operation, and not the wrong one as well, in `share` of the frames.
 
         `right_errors` are those of `right` inside, `(versions, frames)`; several contests have the same.
         """
-        nearer = right_errors.min(0) < self.inside.errors(frames, self.wrong).min(0)
+        own, at = self.whole.pixels(frames), self.inside.inside(self.whole)
+        nearer = right_errors.min(0) < self.inside.errors(own[at], (each[at] for each in self.wrong)).min(0)
         if self.counts.any() and nearer[self.counts].mean() < share:
             return False
-        if not self.elsewhere.any():
+        if not any(len(place.indices) for place in self.places):
             return True
         # what the wrong one changes elsewhere has to be as the other operations, so far as they were done, left it
-        done = self.whole.errors(frames, self.right).sum(1).argmin()
+        done = self.whole.errors(own, map(self.whole.pixels, self.right)).sum(1).argmin()
         counts, place = self.counts_elsewhere[done], self.places[done]
-        (right,), (wrong,) = (place.errors(frames, [clips[done]]) for clips in (self.right, self.wrong))
+        at = place.inside(self.whole)
+        right, wrong = place.errors(own[at], (place.pixels(self.right[done]), self.wrong[done][at]))
         return not counts.any() or (right < wrong)[counts].mean() >= share
+
+    def wrong_errors(self, frames: np.ndarray, place: Place) -> np.ndarray:
+        """Of the nearest wrong version, in a place that holds all that differs: `(frames,)`."""
+        at, versions = self.whole.inside(place), []
+        for right, wrong in zip(self.right, self.wrong, strict=True):
+            versions.append(place.pixels(right))
+            versions[-1][at] = wrong
+        return place.errors(place.pixels(frames), versions).min(0)
 
 
 def box(scene: Scene, index: int) -> np.ndarray:
@@ -100,6 +140,8 @@ class Judge:
         self.renderings: dict = {}
 
     def render(self, operations: Operations) -> np.ndarray:
+        if not set(operations) <= set(self.item.operations):
+            return self.item.render(operations)  # a wrong one, which is needed once
         scene = apply_operations(self.item.scene, operations)
         if scene not in self.renderings:
             self.renderings[scene] = self.item.render(operations)
@@ -142,26 +184,18 @@ class Judge:
         """For each operation its contest with each wrong one, by failure label."""
         found = []
         for step, operation in enumerate(self.item.operations):
-            right = [self.render(operations) for operations in self.versions(step, operation)]
-            wrong = {
-                label: [self.render(operations) for operations in self.versions(step, other)]
-                for label, other in self.wrong_operations(step).items()
-            }
-            changes = np.logical_or.reduce([differs(*pair) for pair in zip(right, wrong["no edit"], strict=True)])
+            right, without = ([self.render(o) for o in self.versions(step, each)] for each in (operation, None))
+            changes = np.logical_or.reduce([differs(*pair) for pair in zip(right, without, strict=True)])
             # another value is looked for in the boxes as a whole: an autoencoder blurs the rims, where shapes differ;
             # another object is none of what the operation changes, but may reach into the boxes
-            pixels, boxes = Place(changes), Place(changes | self.boxes(step))
-            found.append(
-                {
-                    label: Contest(
-                        right,
-                        clips,
-                        pixels if label.startswith("wrong object") else boxes,
-                        2 if label == "no edit" else DISTINCT_DIFFERENCE,  # a style may change all pixels by little
-                    )
-                    for label, clips in wrong.items()
-                }
-            )
+            regions = [changes, changes | self.boxes(step)]
+            places = list(map(Place.where, regions))
+            found.append({})
+            for label, other in self.wrong_operations(step).items():
+                is_boxes = not label.startswith("wrong object")
+                wrong = [self.render(operations) for operations in self.versions(step, other)]
+                least = 2 if label == "no edit" else DISTINCT_DIFFERENCE  # a style may change all pixels by little
+                found[-1][label] = Contest(right, wrong, regions[is_boxes], places[is_boxes], least)
         return found
 
     def __call__(self, frames: np.ndarray) -> list[str]:
@@ -179,7 +213,7 @@ class Judge:
         for contests in self.contests:
             right = contests["no edit"].right
             places = {contest.inside for contest in contests.values()}
-            right_errors = {place: place.errors(frames, right) for place in places}
+            right_errors = {place: place.errors(place.pixels(frames), map(place.pixels, right)) for place in places}
             lost = {
                 label: contest
                 for label, contest in contests.items()
@@ -188,10 +222,11 @@ class Judge:
             if not lost:
                 verdicts.append("success")
                 continue
-            place = Place(np.logical_or.reduce([contest.whole.region for contest in lost.values()]))
-            wrong = np.stack([place.errors(frames, contest.wrong).min(0) for contest in lost.values()])
+            indices = np.unique(np.concatenate([contest.whole.indices for contest in lost.values()]))
+            place = Place(indices, frames.shape[:3])
+            wrong = np.stack([contest.wrong_errors(frames, place) for contest in lost.values()])
             # frames that are right say nothing about what went wrong
-            failed = wrong.min(0) <= place.errors(frames, right).min(0)
+            failed = wrong.min(0) <= place.errors(place.pixels(frames), map(place.pixels, right)).min(0)
             nearest = wrong[:, failed if failed.any() else slice(None)].sum(1).argmin()
             verdicts.append(list(lost)[nearest])
         return verdicts
