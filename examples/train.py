@@ -930,8 +930,7 @@ def main(argv: list[str] | None = None) -> None:
                 if align_loss is not None:
                     ramp = min(1.0, (step + 1) / max(args.align_warmup_steps, 1))
                     told = batch["keep_instruction"]  # without an instruction both branches read the same
-                    aligned = (align_loss * told).sum() / told.sum().clamp(min=1)
-                    loss = loss + args.align_weight * ramp * aligned
+                    loss = loss + args.align_weight * ramp * (align_loss * told).mean()
                     align_loss = align_loss.where(told > 0, math.nan)
                 num_candidates = 2
                 if args.align_loss == "infonce" and align_loss is not None:

@@ -402,11 +402,11 @@ def test_offloaded_parts_score_the_same(run, copied, model, tmp_path, offload):
 
 @pytest.fixture(scope="module")
 def guard_rows(tmp_path_factory):
-    """Results of the guard rows by name, with the embedded checkpoint's autoencoder."""
+    """Results of the guard rows by name, with the embedded checkpoint's autoencoder, which learned clips of 17 frames."""
     found = {}
     for name in evaluate.GUARD_ROWS:
         folder = tmp_path_factory.mktemp(name)
-        options = ["--levels=L1,L2", "--num_samples=4", "--num_frames=5"]
+        options = ["--levels=L1,L2", "--num_samples=6"]
         evaluate.main(["--device=cpu", f"--model={name}", f"--output={folder}", *options])
         found[name] = results(folder)
     PartialState._reset_state()

@@ -107,7 +107,7 @@ def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
         runpy.run_path(str(SCRIPT), run_name="__main__")
         return load_file(folder / "text_encoder" / "model.safetensors")
 
-    whole = train(tmp_path / "whole", 40)
+    whole = train(tmp_path / "whole", 80)
     assert json.loads((tmp_path / "whole" / "tokenizer" / "tokenizer.json").read_text())["padding"] is None
     log = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert log[-2]["operation"] < 0.95 * log[0]["operation"] and log[-2]["value"] < 0.97 * log[0]["value"]
@@ -125,10 +125,10 @@ def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_checkpoint", stopping)
     with pytest.raises(Stop):
-        train(tmp_path / "stopped", 40)
+        train(tmp_path / "stopped", 80)
     assert (tmp_path / "stopped" / "checkpoint-30").is_dir()
     monkeypatch.setattr(checkpoint, "save_checkpoint", plain)
-    resumed = train(tmp_path / "stopped", 40)
+    resumed = train(tmp_path / "stopped", 80)
     assert len(saved) == 1
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, msg=name)
