@@ -26,6 +26,7 @@ import transformers
 from diffusers import AutoencoderKLWan
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, RVEDiTTransformer3DModel
+from rvedit_diffusers.clips import longest_clip
 from rvedit_diffusers.files import told_in_a_line
 from rvedit_diffusers.synthetic import demo_edit
 from rvedit_diffusers.video import VIDEO_SUFFIXES, Video, read_video, write_strip, write_video
@@ -181,10 +182,12 @@ def read_clip(parser: Parser, args: argparse.Namespace) -> Video:
     if limit is None:
         with loading(parser, "--model", args.model):
             folder = args.model if os.path.isdir(args.model) else RVEDiTPipeline.download(args.model)
-            transformer = RVEDiTTransformer3DModel.load_config(folder, subfolder="transformer")
-            vae = AutoencoderKLWan.load_config(folder, subfolder="vae")
-            latent_frames = transformer.get("rope_max_seq_len", 1024) * transformer.get("patch_size", (1, 2, 2))[0]
-            limit = (latent_frames - 1) * vae.get("scale_factor_temporal", 4) + 1
+            with torch.device("meta"):
+                models = [
+                    kind.from_config(kind.load_config(folder, subfolder=name))
+                    for kind, name in ((RVEDiTTransformer3DModel, "transformer"), (AutoencoderKLWan, "vae"))
+                ]
+            limit = longest_clip(models[0].config, models[1].config.scale_factor_temporal)
     try:
         clip = read_video(args.video, max_frames=limit if args.num_frames else limit + 1)
     except (FileNotFoundError, ValueError) as error:
@@ -193,7 +196,8 @@ def read_clip(parser: Parser, args: argparse.Namespace) -> Video:
         parser.error(f"VIDEO: {told_in_a_line(error)}")
     if clip.num_frames > limit:
         parser.error(
-            f"VIDEO {args.video}: has more than the {limit} frames that --model has positions for: --num_frames"
+            f"VIDEO {args.video}: has more than the {limit} frames that --model has positions for: --num_frames edits"
+            " its beginning"
         )
     return clip
 

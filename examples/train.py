@@ -431,7 +431,7 @@ def check_distillation(parser: argparse.ArgumentParser, args: argparse.Namespace
         setattr(args, name, 0.0)
 
 
-def check_teacher(args: argparse.Namespace, pipe: RVEDiTPipeline) -> None:
+def check_teacher(pipe: RVEDiTPipeline) -> None:
     """Refuse a pipeline of which a teacher would be another editor than it is."""
     if not isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         name = type(pipe.scheduler).__name__
@@ -659,7 +659,7 @@ def main(argv: list[str] | None = None) -> None:
                 skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
         if args.distill_steps is not None:
-            check_teacher(args, pipe)
+            check_teacher(pipe)
     except Exception as error:  # files, the network and the Hub's client fail in many ways
         fail(f"--model {args.model}: {error}", 2)
     pipe.set_progress_bar_config(disable=True)

@@ -3,7 +3,7 @@
 import math
 import numbers
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +125,18 @@ def transfer_edit(
     faded = faded * (2.0 - 10.0 * (graded - rebuilt).square().mean((1, 2, 3)).sqrt()).clamp(0.0, 1.0)
     weight = torch.maximum(weight, faded.view(-1, 1, 1, 1))
     return result.lerp(F.interpolate(edited, size=size, mode="bicubic"), weight).clamp_(-1.0, 1.0)
+
+
+def longest_clip(transformer_config: Mapping, scale_factor_temporal: int) -> int:
+    """
+    The number of frames that a transformer has positions for.
+
+    Args:
+        transformer_config (`Mapping`): Of an [`RVEDiTTransformer3DModel`], whole.
+        scale_factor_temporal (`int`): Frames of the clip in a latent frame, of which the first holds one.
+    """
+    latent_frames = transformer_config["rope_max_seq_len"] * transformer_config["patch_size"][0]
+    return (latent_frames - 1) * scale_factor_temporal + 1
 
 
 def load_clips(

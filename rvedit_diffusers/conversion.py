@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 from .distiller_rvedit import RVEDiTTokenDistiller
-from .files import open_weights, told_in_a_line
+from .files import SHARD, open_weights, told_in_a_line
 from .processing_rvedit import RVEDiTProcessor
 from .transformer_rvedit import RVEDiTTransformer3DModel
 
@@ -39,7 +39,6 @@ UNCHANGED = ("tokenizer", "text_encoder", "vae", "scheduler")  # of the Wan pipe
 LICENCES = ("LICENSE*", "NOTICE*")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *LICENCES)
 WEIGHTS = "*.safetensors"
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 DEFAULT_MAX_AREA = {8: 480 * 832, 16: 704 * 1280}  # what the bases were trained at, by the VAE's spatial factor
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 50, 5.0  # Wan's own
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors names them
@@ -538,7 +537,7 @@ def _carry_over(files: list[Path], target: Path, link: bool) -> None:
     for path in tqdm(files, desc=target.name, unit="file"):
         if (
             link and path.suffix == ".safetensors"
-        ):  # configurations may be changed where they lie, weights are replaced
+        ):  # saving changes configurations where they lie, and replaces weights
             (target / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target / path.name)

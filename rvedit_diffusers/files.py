@@ -11,6 +11,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")  # a name of one of several files of weights
+
+
 def open_weights(path: str | os.PathLike) -> safe_open:
     """
     Open a safetensors file, of which the header alone is read.
@@ -64,9 +67,9 @@ def replace_folder(new: Path, folder: Path) -> None:
         new.rename(folder)
     except OSError:
         (aside / folder.name).rename(folder)
+        aside.rmdir()
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def told_in_a_line(error: Exception) -> str:

@@ -19,14 +19,13 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .files import forget_names, open_weights, told_in_a_line
+from .files import SHARD, forget_names, open_weights, told_in_a_line
 from .model_card import ensure_model_card, is_as_written, is_of_ours
 
 
 PIPELINE_CLASS = "RVEDiTPipeline"
 CODE_COMPONENTS = ("distiller", "processor", "transformer")  # whose classes are not diffusers' or transformers'
 LORA_FILE = "pytorch_lora_weights.safetensors"
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 
 # The bundle is one module, so that its pipeline and its components share their classes and nothing has to be carried
@@ -327,11 +326,7 @@ def export_folder(
         for path in _files(folder):
             target = partial / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                if not link or path.suffix != ".safetensors":
-                    raise OSError
-                target.symlink_to(path.resolve())
-            except OSError:  # or this system does not let its users make links
+            if not (link and path.suffix == ".safetensors" and _is_linked(target, path)):
                 shutil.copyfile(path, target)
         forget_names(partial)
         if remote_code:
@@ -344,6 +339,15 @@ def export_folder(
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_linked(link: Path, path: Path) -> bool:
+    # Not every system lets its users make links.
+    try:
+        link.symlink_to(path.resolve())
+    except OSError:
+        return False
+    return True
 
 
 def write_card(folder: Path, model_id: str | None = None, card: str | None = None) -> None:

@@ -56,7 +56,6 @@ QWEN_RESEARCH = {
     "license_link": "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE",
 }
 
-# The models that the record of a conversion names, and what is taken from them.
 CODE_USAGE = """\
 Without that package, the code in this repository's `pipeline.py` does it, after a look at it:
 
@@ -66,6 +65,7 @@ from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({}, trust_remote_code=True)
 ```
 """
+# The models that the record of a conversion names, and what is taken from them.
 PARTS = {"wan": "text-to-video model: transformer, VAE, text encoder", "mllm": "MLLM"}
 ORIGIN_HEAD = ["made from", "source", "revision", "licence"]
 

@@ -21,7 +21,7 @@ from diffusers.video_processor import VideoProcessor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from .clips import is_count, load_clips, resize_frames, transfer_edit
+from .clips import is_count, load_clips, longest_clip, resize_frames, transfer_edit
 from .distiller_rvedit import RVEDiTTokenDistiller
 from .files import forget_names
 from .hub import CODE, Repository, open_repository, upload, write_card, write_code
@@ -522,8 +522,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         # The longest clip that the transformer has positions for.
         if self.transformer is None:
             return None
-        latent_frames = self.transformer.config.rope_max_seq_len * self.transformer.config.patch_size[0]
-        return (latent_frames - 1) * self.vae_scale_factor_temporal + 1
+        return longest_clip(self.transformer.config, self.vae_scale_factor_temporal)
 
     def _padded_length(self, num_frames: int) -> int:
         # Latent frame 0 holds one frame, each further one `vae_scale_factor_temporal`; the transformer's patches hold

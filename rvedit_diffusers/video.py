@@ -30,16 +30,8 @@ _TO_SDR = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius,zscale=t=bt709:m=bt709,format=yuv444p10"
 )
 _HDR = ("smpte2084", "arib-std-b67")
-_MATRICES = (
-    "bt",
-    "smpte",
-    "fcc",
-    "ycgco",
-    "gbr",
-    "ictcp",
-    "ipt",
-    "chroma",
-)  # how the names of those that are known begin
+# how the names of the matrices that a file can tell begin
+_MATRICES = ("bt", "smpte", "fcc", "ycgco", "gbr", "ictcp", "ipt", "chroma")
 
 
 @dataclass

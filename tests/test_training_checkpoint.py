@@ -225,3 +225,13 @@ def test_a_log_goes_on_without_the_steps_that_are_trained_again(tmp_path):
 
 def test_differences_are_named():
     assert differences({"a": 1, "b": 2, "c": None}, {"a": 1, "b": 3, "d": 4}) == ["b: 2 -> 3", "d: None -> 4"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "kept").write_text("before")
+    (tmp_path / "folder.old").mkdir()
+    with pytest.raises(FileNotFoundError):
+        replace_folder(tmp_path / "absent", tmp_path / "folder")
+    assert (tmp_path / "folder" / "kept").read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "folder.old"]

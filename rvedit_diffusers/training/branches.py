@@ -221,7 +221,7 @@ class EditingBranches(nn.Module):
                 for each in tokens
             ]
 
-        # 2. The editing branch. PyTorch before 2.10 would give it the copies that autocast has made without gradients
+        # 2. The editing branch. Some versions of PyTorch would give it what autocast has copied without gradients
         torch.clear_autocast_cache()
         output = self.transformer(**condition, **source, **self._tokens(batch), return_features=self.align_blocks)
         losses = []

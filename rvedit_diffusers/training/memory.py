@@ -255,15 +255,11 @@ def describe_needs(
     checkpoint = checkpoint_bytes(branches, optimizer_bytes, bool(args.ema_decay))
     disk = {"cache": cache, f"checkpoints, {num_kept}": num_kept * checkpoint}
     if args.training_type != "lora" or args.train_distiller != "none" or args.train_text_encoder:
-        learned = {"transformer": transformer if args.training_type == "full" else None}
-        learned |= {"distiller": pipe.distiller if args.train_distiller != "none" else None}
-        learned |= {"text_encoder": pipe.text_encoder if args.train_text_encoder else None}
-        learned = {name: module for name, module in learned.items() if module is not None}
-        copied = [
-            path for path in base.rglob("*") if path.is_file() and path.relative_to(base).parts[0] not in learned
-        ]
-        disk["pipeline"] = sum(path.stat().st_size for path in copied)
-        disk["pipeline"] += sum(num_bytes(module.state_dict().values()) for module in learned.values())
+        learned = ["transformer"] * (args.training_type == "full") + ["text_encoder"] * args.train_text_encoder
+        learned += ["distiller"] * (args.train_distiller != "none")
+        copied = [path for path in base.rglob("*") if path.relative_to(base).parts[0] not in learned]
+        disk["pipeline"] = sum(path.stat().st_size for path in copied if path.is_file())
+        disk["pipeline"] += sum(num_bytes(getattr(pipe, name).state_dict().values()) for name in learned)
     notes = []
     if tokens == "none":
         notes.append("the MLLM, which runs in every step")
