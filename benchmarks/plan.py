@@ -232,7 +232,14 @@ def main(argv: list[str] | None = None) -> None:
     lines.append(f"| total | {totals['ddp'] / GIB:.1f} | {totals['fsdp2'] / GIB:.1f} |")
     limit = f"{MEMORY_SHARE:.0%} of the {gpu.memory / GIB:.0f} GiB of one"
     if fitting:
-        launch = "python" if args.gpus == 1 else f"accelerate launch --config_file {CONFIGS[strategy]}"
+        launch = "python"
+        if args.gpus > 1:
+            launch = f"accelerate launch --config_file {CONFIGS[strategy]} --num_processes {args.gpus}"
+        if args.gpus > gpu.per_machine:
+            machines = math.ceil(args.gpus / gpu.per_machine)
+            launch += (
+                f" --num_machines {machines} --machine_rank RANK --main_process_ip ADDRESS --main_process_port PORT"
+            )
         lines.append(f"\nFits in {limit}: {launch} examples/train.py ...")
     else:
         lines.append(f"\nDoes not fit in {limit}: take more GPUs, smaller clips, or --training_type lora.")

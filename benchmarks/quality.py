@@ -1,7 +1,7 @@
 """Faster edits and what they cost in success: fewer steps, diffusers' caches, and a LoRA for a few steps.
 
     python benchmarks/quality.py --output quality.json
-    python benchmarks/quality.py --model runs/edit/pipeline --lora runs/few/lora --lora_steps 4 --levels L1 L3
+    python benchmarks/quality.py --model merged --lora runs/few/lora --lora_steps 4 --levels L1 L3
 
 Items of the procedural benchmark are edited in batches, and all settings take turns on each batch, with the same
 noise. The caches run at the pipeline's own number of steps; MagCache is calibrated on the first batch. Seconds are

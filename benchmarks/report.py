@@ -28,7 +28,7 @@ SCRIPTS = (
     "growth.py",
     "plan.py",
 )  # in the order of the page
-HEAD = """# Speed and memory
+HEAD = """# {title}
 
 Results of the scripts in `benchmarks/`, put together by
 
@@ -140,7 +140,8 @@ def main(argv: list[str] | None = None) -> None:
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "benchmarks/report.py", *map(str, args.results), "--output", str(args.output)])
-    parts = [HEAD.format(command=command)]
+    is_quality = all(script == "quality.py" for script, *_ in found)
+    parts = [HEAD.format(title="Speed against success" if is_quality else "Speed and memory", command=command)]
     for script, result, name in sorted(found, key=lambda each: SCRIPTS.index(each[0])):
         parts += section(script, result, args.output.with_name(f"{args.output.stem}_{name}.png"))
     partial = args.output.with_name(f".{args.output.name}.partial")

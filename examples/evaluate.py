@@ -1,12 +1,13 @@
-"""
+r"""
 Score a pipeline.
 
-    python examples/evaluate.py --model runs/edit/pipeline --num_samples 100 --seed 1 --output out/scores
+    python examples/evaluate.py --model runs/edit/pipeline --lora runs/edit/lora --num_samples 100 --output out/scores
 
 scores it on the levels of the procedural benchmark, whose true edits are known: --output gets results.json, a strip of
 the best, median and worst clips of each level, and all clips. --operations scores single edits instead.
 
-    python examples/evaluate.py --model runs/edit/pipeline --benchmark openve --data OpenVE-Bench --output out/openve
+    python examples/evaluate.py --model runs/edit/pipeline --lora runs/edit/lora \
+        --benchmark openve --data OpenVE-Bench --output out/openve
 
 edits the clips of a public benchmark and writes the results as its own scorer expects them, with the figures that need
 no model.

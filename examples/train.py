@@ -1,7 +1,8 @@
-"""Fine-tune an RVEDiT pipeline on pairs of clips: flow matching plus reference-anchored attention alignment.
+r"""Fine-tune an RVEDiT pipeline on pairs of clips: flow matching plus reference-anchored attention alignment.
 
-    python examples/train.py --model MODEL --train_data DATA --output runs/lora --training_type lora
-    python examples/train.py --model CONVERTED --train_data CAPTIONED_CLIPS --output runs/connect --stage connect
+    python examples/train.py --model MODEL --train_data PAIRS --buckets 81x480x832 --output runs/lora
+    python examples/train.py --model CONVERTED --stage connect --train_data CAPTIONED --buckets 81x480x832 \
+        --output runs/connect
     accelerate launch --config_file examples/accelerate/ddp.yaml examples/train.py ...
     python examples/train.py --plot runs/lora
 
@@ -118,8 +119,14 @@ FREE_TO_CHANGE = set(
 )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        says_it = action.default in (None, False) or "default: " in action.help
+        return action.help if says_it else super()._get_help_string(action)
+
+
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--config", type=Path, help="JSON file with values for any of the options below")
     parser.add_argument("--model", help="folder or Hub id of the pipeline to train")
     parser.add_argument("--output", type=Path, help="folder for weights, checkpoints, log, curves and clips")
@@ -127,8 +134,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--stage",
         choices=("edit", "connect"),
         default="edit",
-        help="connect: first of all after a base was converted, the distiller learns from captioned clips to take the"
-        " text's place in the shallow blocks",
+        help="edit: learn from pairs; connect: first of all after a base was converted, the distiller learns from"
+        " captioned clips to take the text's place in the shallow blocks",
     )
     parser.add_argument("--plot", type=Path, metavar="RUN", help="only draw RUN/losses.png from what RUN has logged")
 
@@ -177,10 +184,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--edits_per_scene", type=int, default=4, help="pairs of `synthetic` that share a source clip")
 
     group = parser.add_argument_group("what learns, and how")
-    group.add_argument("--training_type", choices=("lora", "full"), default="lora")
-    group.add_argument("--lora_rank", type=int, default=32)
-    group.add_argument("--lora_alpha", type=float, help="default: the rank")
-    group.add_argument("--lora_dropout", type=float, default=0.0)
+    group.add_argument(
+        "--training_type", choices=("lora", "full"), default="lora", help="what of the transformer learns"
+    )
+    group.add_argument("--lora_rank", type=int, default=32, help="of the LoRA layers")
+    group.add_argument("--lora_alpha", type=float, help="their scale times the rank; default: the rank")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="share of their inputs that is left out")
     group.add_argument(
         "--lora_targets",
         nargs="+",
@@ -196,17 +205,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         " default: all in full training and to connect, none with LoRA",
     )
     group.add_argument("--train_text_encoder", action="store_true", help="the text encoder learns, too")
-    group.add_argument("--max_train_steps", type=int, default=1000)
+    group.add_argument("--max_train_steps", type=int, default=1000, help="steps of the optimizer")
     group.add_argument("--train_batch_size", type=int, default=1, help="pairs a process and micro-batch")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches a step")
     group.add_argument(
         "--optimizer", default="adamw", help="adamw, adamw8bit, muon (for matrices of blocks), or one of torch.optim"
     )
     group.add_argument("--optimizer_args", type=json.loads, default={}, help="further arguments of it, as JSON")
     group.add_argument("--learning_rate", type=float, help="default: 1e-4; 1e-5 in full training")
-    group.add_argument("--weight_decay", type=float, default=0.01)
-    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup")
-    group.add_argument("--lr_warmup_steps", type=int, default=100)
+    group.add_argument("--weight_decay", type=float, default=0.01, help="decoupled, as in AdamW")
+    group.add_argument(
+        "--lr_scheduler", choices=LR_SCHEDULERS, default="constant_with_warmup", help="of the learning rate"
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=100, help="steps in which the learning rate rises")
     group.add_argument("--max_grad_norm", type=float, default=1.0, help="0 does not clip")
     group.add_argument("--max_nonfinite", type=int, default=10, help="skipped steps in a row after which to end")
     group.add_argument("--ema_decay", type=float, default=0.0, help="of the weights' moving average; 0: none is kept")
@@ -217,7 +228,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--layerwise_casting", action="store_true", help="LoRA: the frozen weights rest in fp8")
     group.add_argument("--group_offload", action="store_true", help="LoRA: the frozen weights rest in host memory")
     group.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--seed", type=int, default=0, help="of new weights, noise, order and dropout")
 
     group = parser.add_argument_group("losses", "Of these, `--stage connect` has the noise levels and --align_tokens.")
     group.add_argument("--sigma_shift", type=float, default=3.0, help="shift of noise levels: 3 at 480p, 5 at 720p")
@@ -229,7 +240,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--align_blocks", type=int, nargs="+", help="aligned blocks; default: the last shallow and the first deep one"
     )
     group.add_argument("--align_tokens", type=int, default=2048, help="token positions that are compared in a clip")
-    group.add_argument("--align_loss", choices=ALIGNMENT_LOSSES, default="infonce")
+    group.add_argument("--align_loss", choices=ALIGNMENT_LOSSES, default="infonce", help="see losses.py")
     group.add_argument("--align_temperature", type=float, default=0.07, help="of infonce and contrast")
     group.add_argument(
         "--align_reference_latents", choices=("source", "reference"), default="source", help="of the reference branch"
@@ -238,7 +249,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "--align_reference_tokens",
         choices=REFERENCE_TOKENS,
         default="own",
-        help="shuffled, a control: the reference branch reads those of the next sample of the micro-batch",
+        help="own: of the same sample; shuffled, a control: the reference branch reads those of the next sample of the"
+        " micro-batch",
     )
     group.add_argument(
         "--align_negatives",
@@ -261,7 +273,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--distill_guidance_scale", type=float, help="of the model; default: its own")
 
     group = parser.add_argument_group("checkpoints, validation and log")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="steps between two of them")
     group.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed; default: all are kept")
     group.add_argument("--resume_from_checkpoint", metavar="CHECKPOINT", help="folder, or `latest`")
     group.add_argument("--allow_config_change", action="store_true", help="go on though settings or data differ")
@@ -269,13 +281,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument(
         "--num_validation_pairs", type=int, help="held out of --train_data; default: a tenth, at most 16"
     )
-    group.add_argument("--validation_steps", type=int, default=500, help="0: never")
+    group.add_argument("--validation_steps", type=int, default=500, help="steps between two validations; 0: none")
     group.add_argument("--num_validation_edits", type=int, default=4, help="clips that are edited at each validation")
-    group.add_argument("--logging_steps", type=int, default=20)
+    group.add_argument("--logging_steps", type=int, default=20, help="steps between two lines of the log")
     group.add_argument("--report_to", default="tensorboard", help="tensorboard, wandb, trackio, ... or none")
     group.add_argument("--push_to_hub", action="store_true", help="upload the result")
     group.add_argument("--hub_model_id", help="name of the repository; needs --push_to_hub")
-    group.add_argument("--hub_private_repo", action="store_true")
+    group.add_argument("--hub_private_repo", action="store_true", help="make a new repository a private one")
 
     args = parser.parse_args(with_config(parser, sys.argv[1:] if argv is None else argv))
     if args.plot is not None:

@@ -1,7 +1,7 @@
 """
 Draw what cross-attention reads while a clip is edited:
 
-    python examples/visualize_attention.py clip.mp4 "make the red ball blue" --output out/attention
+    python examples/visualize_attention.py clip.mp4 "make the red circle blue" --output out/attention
 
 For each chosen block block_N.png shows, over time and laid over the source, how much of its attention each latent
 token gives to the editing tokens, words and visual tokens that the block reads. In attention.mp4 source, edit and the

@@ -3,6 +3,7 @@ from collections.abc import Callable
 
 import torch
 from diffusers.loaders import CogVideoXLoraLoaderMixin, WanLoraLoaderMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import unwrap_module
 from peft.utils import get_peft_model_state_dict
 
@@ -41,6 +42,9 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         """
         if kwargs.get("use_safetensors") is None:
             kwargs["use_safetensors"] = True
+        if kwargs.get("subfolder") is not None and kwargs.get("weight_name") is None:
+            # The name that diffusers guesses in a Hub repository holds the folder, which would come twice.
+            kwargs["weight_name"] = LORA_WEIGHT_NAME_SAFE if kwargs["use_safetensors"] else LORA_WEIGHT_NAME
         result = WanLoraLoaderMixin.lora_state_dict(pretrained_model_name_or_path_or_dict, **kwargs)
         state_dict = result[0] if kwargs.get("return_lora_metadata") else result
         if not any(key.startswith(f"{cls.transformer_name}.") for key in state_dict):

@@ -179,7 +179,7 @@ def test_a_plan_is_checked_against_what_was_measured(results, tmp_path, capsys):
     "options, says",
     [
         (["--preset", "wan-1.3b", "--gpus", "8", "--training_type", "lora"], "examples/accelerate/ddp.yaml"),
-        (["--preset", "wan-14b", "--gpus", "64"], "examples/accelerate/fsdp2.yaml"),
+        (["--preset", "wan-14b", "--gpus", "64"], "accelerate/fsdp2.yaml --num_processes 64 --num_machines 8 "),
         (["--preset", "wan-14b", "--gpus", "8", "--gpu", "rtx4090"], "Does not fit in 90% of the 22 GiB of one"),
     ],
 )
