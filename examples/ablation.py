@@ -7,7 +7,8 @@ The config is a JSON object:
     base         folder of the pipeline whose autoencoder, MLLM and queries all rows share; its transformer is replaced
     transformer  settings of all rows' transformers, over those of the base's; with another width the connectors are
                  new, with another `text_dim` the text encoder is
-    start        optional: what weights all rows begin with, where name and shape agree: the folder of a pipeline, or
+    start        optional: what weights all rows' transformers begin with, where name and shape agree, but for layers
+                 that read tokens, which would favour the routing that they learned for: the folder of a pipeline, or
                  `{"seed": .., "train": {..}}`, a training of the first row's transformer with these options over
                  those of all rows
     train        options of train.py without what is set here: model, output, cache, seed
@@ -191,7 +192,7 @@ def prepare(run: Run, args: argparse.Namespace, start: Path | None) -> None:
         return
     with building:
         pipe = build_variant(args.grid["base"], run.settings["transformer"], run.seed)
-        taken = {} if start is None else take_over_weights(pipe, start)
+        taken = {} if start is None else {"transformer": take_over_weights(pipe.transformer, start)}
         partial = run.folder / "init.partial"
         shutil.rmtree(partial, ignore_errors=True)
         pipe.save_pretrained(partial)

@@ -50,6 +50,7 @@ APACHE_BASES = (
     "Qwen/Qwen2.5-VL-7B-Instruct",
     *(f"Qwen/Qwen3-VL-{size}-{kind}" for size in ("2B", "4B", "8B") for kind in ("Instruct", "Thinking")),
 )
+EMBEDDED = Path(__file__).resolve().parent / "checkpoints" / "tiny"
 QWEN_RESEARCH = {
     "license": "other",
     "license_name": "qwen-research",
@@ -302,6 +303,9 @@ def write_model_card(
     folder = Path(folder)
     is_hub_id = not Path(base).exists()
     shown = base if is_hub_id else Path(base).resolve().name
+    usage = _usage(kind, shown, model_id, folder.name, subfolder)
+    if kind == "lora" and subfolder is None and Path(base).resolve() == EMBEDDED:
+        usage["pipeline_argument"] = "TINY_CHECKPOINT"
     base_folder = base_folder if is_hub_id else Path(base)
     record, inherited = _read_record(folder), None  # a pipeline's own says more than its base's: this training's stage
     if base_folder is not None:
@@ -330,7 +334,7 @@ def write_model_card(
             [[name, value] for name, value in facts.items()]
             + [[f"{name.replace('_', ' ')}, last", f"{value:.4f}"] for name, value in losses.items()],
         ),
-        **_usage(kind, shown, model_id, folder.name, subfolder),
+        **usage,
     )
     text += _mark(text)
     if sample is not None:

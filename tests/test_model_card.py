@@ -223,6 +223,12 @@ def test_the_code_for_lora_loads_the_layers_into_the_base(card, model_id, name):
     assert calls["pipe.load_lora_weights"] == [repr(name)]
 
 
+def test_the_code_for_lora_of_the_embedded_checkpoint_takes_that(card):
+    card = card(base=rvedit_diffusers.TINY_CHECKPOINT, model_id="me/blue")
+    assert snippet(card)["RVEDiTPipeline.from_pretrained"] == ["TINY_CHECKPOINT"]
+    assert "from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline" in card.text
+
+
 @pytest.mark.parametrize(
     "model_id, pipeline, arguments",
     [(None, "pipeline", ["'lora'"]), ("me/blue", "me/blue", ["'me/blue'", "subfolder='lora'"])],

@@ -17,7 +17,6 @@ from .report import MEAN_LEVELS
 
 
 PARTS = ("vae", "mllm", "distiller", "text_encoder", "processor", "tokenizer", "scheduler")  # taken of the base
-START_PARTS = ("transformer", "distiller", "text_encoder", "tokenizer")
 NEEDED = {"base": str, "transformer": dict, "train": dict, "evaluate": dict, "seeds": list, "rows": dict}
 NEEDED |= {"baseline": str, "claim": list}
 # Options that the script sets itself, and what all rows have in common.
@@ -207,7 +206,7 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int], others: Sequence[i
     if isinstance(grid.get("start"), str):
         if not (Path(grid["start"]) / "model_index.json").is_file():
             raise ValueError(f"`start` has to be the folder of a pipeline, but is {grid['start']}")
-        hashes["start (hash)"] = _hash_files(Path(grid["start"]), START_PARTS)
+        hashes["start (hash)"] = _hash_files(Path(grid["start"]), ("transformer",))
     first = common | grid["transformer"]
     width, old = first["num_attention_heads"] * first["attention_head_dim"], common["text_dim"]
     old_width = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")["dim"]

@@ -107,7 +107,9 @@ def describe_setting(ablation: Ablation) -> str:
         changed = [f"{name} {value}" for name, value in start["train"].items() if name != "max_train_steps"]
         what = ["the first row's transformer", f"of {options['max_train_steps']} steps", f"seed {start['seed']}"]
         what += [f"with {changed[0]}", *changed[1:]] if changed else []
-        lines.append(f"All rows begin with the weights of one training of {', '.join(what)}.")
+        lines.append(
+            f"All rows begin with one training of {', '.join(what)}, but for layers that read tokens, which are new."
+        )
     for machine in sorted({json.dumps(run.facts["machine"]) for run in runs}):
         facts = [f"{name} {value}" for name, value in json.loads(machine).items()]
         lines.append(f"Run on: {', '.join(facts)}.")

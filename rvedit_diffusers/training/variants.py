@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from .sampler import derive_seed
 
 FFN_STEP = 8
 TOLERANCE = 0.01  # of the number of parameters
-WORDS = "shared.weight"  # of a text encoder: a row for each word
+READS_TOKENS = re.compile(r"\.attn2\.|\.norm2\.|^condition_embedder\.text_embedder\.|^edit_bias$")
 
 
 @cache
@@ -119,39 +120,32 @@ def build_variant(base: str | Path, config: dict, seed: int) -> RVEDiTPipeline:
 
 
 @torch.no_grad()
-def take_over_weights(pipe: RVEDiTPipeline, start: str | Path) -> dict[str, str]:
-    """Give a pipeline the weights of another one wherever name and shape agree.
+def take_over_weights(transformer: RVEDiTTransformer3DModel, start: str | Path) -> str:
+    """Give a transformer the weights of another one, wherever name and shape agree, but for layers that read tokens.
 
-    A wider feed-forward layer gets the units of the narrower one, and its further units begin without an effect.
+    Those (cross-attention, its norm, the embedding of the text) learned for the routing of the other one, which would
+    favour transformers of the same routing: they stay new. A wider feed-forward layer gets the units of the narrower
+    one, and its further units begin without an effect.
 
     Args:
-        pipe ([`RVEDiTPipeline`]): Its transformer, its distiller but for the queries, and its text encoder change. The
-            embeddings of the words stay as they are if the two tokenizers differ.
-        start (`str` or `Path`): Folder of the other pipeline.
+        transformer ([`RVEDiTTransformer3DModel`]): Changes.
+        start (`str` or `Path`): Folder of the pipeline with the other one.
 
     Returns:
-        `dict[str, str]`: For each of the three parts how many tensors were taken, of how many: `"12 of 40"`.
+        `str`: How many tensors were taken, of how many that read no tokens: `"12 of 40"`.
     """
-    start, taken = Path(start), {}
-    with_words = (start / "tokenizer" / "tokenizer.json").is_file()
-    if with_words:
-        words = type(pipe.tokenizer).from_pretrained(start / "tokenizer").get_vocab()
-        with_words = words == pipe.tokenizer.get_vocab()
-    for part in ("transformer", "distiller", "text_encoder"):
-        targets = dict(getattr(pipe, part).named_parameters())
-        targets.pop("queries", None)
-        count = 0
-        for path in sorted((start / part).glob("*.safetensors")):
-            for name, value in load_file(path).items():
-                target = targets.get(name)
-                if target is None or (name == WORDS and not with_words):
-                    continue
-                is_wider = ".ffn." in name and all(n >= m for n, m in zip(target.shape, value.shape, strict=True))
-                if target.shape != value.shape and not is_wider:
-                    continue
-                if target.ndim == 2 and target.shape[1] > value.shape[1]:
-                    target.zero_()  # what further units give
-                target[tuple(map(slice, value.shape))] = value
-                count += 1
-        taken[part] = f"{count} of {len(targets)}"
-    return taken
+    targets = {name: value for name, value in transformer.named_parameters() if not READS_TOKENS.search(name)}
+    count = 0
+    for path in sorted((Path(start) / "transformer").glob("*.safetensors")):
+        for name, value in load_file(path).items():
+            target = targets.get(name)
+            if target is None:
+                continue
+            is_wider = ".ffn." in name and all(n >= m for n, m in zip(target.shape, value.shape, strict=True))
+            if target.shape != value.shape and not is_wider:
+                continue
+            if target.ndim == 2 and target.shape[1] > value.shape[1]:
+                target.zero_()  # what further units give
+            target[tuple(map(slice, value.shape))] = value
+            count += 1
+    return f"{count} of {len(targets)}"
