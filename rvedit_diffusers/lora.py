@@ -2,6 +2,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
 from diffusers.loaders import CogVideoXLoraLoaderMixin, WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import unwrap_module
@@ -20,6 +21,44 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     """
 
     _lora_loadable_modules = ["transformer"]
+
+    def _check_nothing_is_on_disk(self) -> None:
+        # diffusers makes the groups again when layers change, and takes the files that are there for those of the new
+        # ones: base weights would be lost without a word.
+        for name, component in self.components.items():
+            hook = _get_top_level_group_offload_hook(component) if isinstance(component, torch.nn.Module) else None
+            if hook is not None and hook.config.offload_to_disk_path is not None:
+                raise ValueError(
+                    f"The component `{name}` is offloaded to disk: load, fuse and remove LoRA weights before"
+                    " `enable_group_offload` is given an `offload_to_disk_path`."
+                )
+
+    def load_lora_weights(self, *args, **kwargs) -> None:
+        r"""
+        As [`~diffusers.loaders.WanLoraLoaderMixin.load_lora_weights`]; see `lora_state_dict` for what is read.
+
+        Raises:
+            `ValueError`: if weights are offloaded to disk. So do `unload_lora_weights`, `delete_adapters`, `fuse_lora`
+                and `unfuse_lora`.
+        """
+        self._check_nothing_is_on_disk()
+        super().load_lora_weights(*args, **kwargs)
+
+    def unload_lora_weights(self) -> None:
+        self._check_nothing_is_on_disk()
+        super().unload_lora_weights()
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        self._check_nothing_is_on_disk()
+        super().delete_adapters(adapter_names)
+
+    def fuse_lora(self, *args, **kwargs) -> None:
+        self._check_nothing_is_on_disk()
+        super().fuse_lora(*args, **kwargs)
+
+    def unfuse_lora(self, *args, **kwargs) -> None:
+        self._check_nothing_is_on_disk()
+        super().unfuse_lora(*args, **kwargs)
 
     @classmethod
     def lora_state_dict(

@@ -1,3 +1,4 @@
+import functools
 import inspect
 import math
 import numbers
@@ -53,6 +54,18 @@ MASKING_BACKENDS = (
 TEXT_LENGTHS = 64  # merged texts have a multiple of it, so that most share the graphs of a compiled transformer
 TRANSFERRED_AT_ONCE = 2  # frames to which an edit is transferred together: 18 floats a pixel
 FRAMES_AT_ONCE = 16  # are resized together: float copies of a whole clip at its own size would outweigh the models
+
+
+def _offload_at_the_end(call: Callable) -> Callable:
+    # Also of a call that was stopped: it would leave models on the device, and caches with the states of its clip.
+    @functools.wraps(call)
+    def wrapped(self, *args, **kwargs):
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            self.maybe_free_model_hooks()
+
+    return wrapped
 
 
 class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
@@ -275,9 +288,14 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 As in [`DiffusionPipeline.enable_group_offload`].
 
         Raises:
-            `ValueError`: if `offload_to_disk_path` holds anything: diffusers would take weights that it finds there
-                for those of this pipeline.
+            `ValueError`: if `offload_type` is `"block_level"` without `num_blocks_per_group`, or if
+                `offload_to_disk_path` holds anything: diffusers would take weights that it finds there for those of
+                this pipeline.
         """
+        if offload_type == "block_level" and num_blocks_per_group is None:  # before the first component has hooks
+            raise ValueError(
+                "`num_blocks_per_group` has to be an integer of at least 1 for `offload_type='block_level'`, got None."
+            )
         if offload_to_disk_path is not None and os.path.lexists(offload_to_disk_path):
             if not os.path.isdir(offload_to_disk_path) or os.listdir(offload_to_disk_path):
                 raise ValueError(
@@ -360,12 +378,17 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         """
         device = device or self._execution_device
 
+        prompts = negative_prompts = []
         if prompt_embeds is None:
             _check_texts("prompt", prompt)
-            prompt_embeds = self._get_t5_prompt_embeds(prompt, max_sequence_length, device, dtype)
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negative_prompt = "" if negative_prompt is None else negative_prompt
-            negative_prompt_embeds = self._get_t5_prompt_embeds(negative_prompt, max_sequence_length, device, dtype)
+            negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+        if prompts or negative_prompts:  # in one pass: offloaded weights are moved once
+            text = self._get_t5_prompt_embeds(prompts + negative_prompts, max_sequence_length, device, dtype)
+            prompt_embeds = text[: len(prompts)] if prompts else prompt_embeds
+            negative_prompt_embeds = text[len(prompts) :] if negative_prompts else negative_prompt_embeds
 
         prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
         if negative_prompt_embeds is not None:
@@ -378,12 +401,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
     def _get_t5_prompt_embeds(
         self,
-        prompt: str | list[str],
+        prompt: list[str],
         max_sequence_length: int,
         device: torch.device,
         dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        texts = [prompt_clean(text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        texts = [prompt_clean(text) for text in prompt]
         length = min(max_sequence_length, self.tokenizer.model_max_length)
         for tokens in self.tokenizer(texts, verbose=False).input_ids:
             if len(tokens) > length:  # the last is the mark of the end, which stays
@@ -480,7 +503,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             )
         inputs = self._prepare_mllm_inputs(clips, rates, prompts, "prompt")
         self.distiller.check_inputs(self.mllm, inputs)
-        return self._distill(inputs, device, dtype)
+        return self._distill([inputs], device, dtype)[0]
 
     def _prepare_mllm_inputs(
         self, clips: list[torch.Tensor], rates: list[float | None], prompts: list[str], name: str
@@ -504,19 +527,24 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         return inputs
 
     def _distill(
-        self, inputs: BatchFeature, device: torch.device | None, dtype: torch.dtype | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        self, all_inputs: list[BatchFeature], device: torch.device | None, dtype: torch.dtype | None
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         # The two halves instead of the module: an offloading hook on `distiller` would move `mllm` as its argument.
+        # First one, then the other, for all inputs: with model offload the second half puts the MLLM back.
         device = device or self._execution_device
         dtype = dtype or self.distiller.dtype
-        inputs = inputs.to(get_module_execution_device(self.mllm))
-        edit_states, visual_states, visual_positions, mask = self.distiller.harvest(self.mllm, inputs)
-        edit_embeds, visual_embeds = self.distiller.connect(edit_states, visual_states)
+        mllm_device = get_module_execution_device(self.mllm)
+        harvests = [self.distiller.harvest(self.mllm, inputs.to(mllm_device)) for inputs in all_inputs]
+        results = []
+        for edit_states, visual_states, visual_positions, mask in harvests:
+            edit_embeds, visual_embeds = self.distiller.connect(edit_states, visual_states)
+            edit_embeds, visual_embeds = (tokens.to(device, dtype) for tokens in (edit_embeds, visual_embeds))
+            mask = None if mask is None else mask.to(device)
+            results.append((edit_embeds, visual_embeds, visual_positions.to(device), mask))
         if hasattr(self.distiller, "_hf_hook"):
             # Both halves loaded the queries, and no forward pass will follow to offload them again.
             self.distiller._hf_hook.post_forward(self.distiller, None)
-        edit_embeds, visual_embeds = (tokens.to(device, dtype) for tokens in (edit_embeds, visual_embeds))
-        return edit_embeds, visual_embeds, visual_positions.to(device), None if mask is None else mask.to(device)
+        return results
 
     def _max_frames(self) -> int | None:
         # The longest clip that the transformer has positions for.
@@ -581,12 +609,16 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             if getattr(self, name) is None:
                 raise ValueError(f"The pipeline's component `{name}` is None: no call works without it.")
         # schedulers of other families integrate another equation, without a word
-        for name, right in (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True)):
+        for name, right in (
+            ("prediction_type", "flow_prediction"),
+            ("use_flow_sigmas", True),
+            ("use_dynamic_shifting", False),
+        ):
             value = self.scheduler.config.get(name, right)
             if value != right:
                 raise ValueError(
-                    f"The pipeline's component `scheduler` has {name}={value!r}, but this transformer predicts a flow:"
-                    f" make it with {name}={right!r}."
+                    f"The pipeline's component `scheduler` has {name}={value!r}, but this transformer predicts a flow,"
+                    f" at noise levels with a fixed shift: make it with {name}={right!r}."
                 )
 
         # 2. Numbers, names and callables
@@ -598,8 +630,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             if not is_count(value):
                 raise ValueError(f"`{name}` has to be an integer of at least 1, got {value!r}.")
         if sigmas is not None:
-            levels = list(sigmas) if isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor)) else []
-            if len(levels) != num_inference_steps or not all(
+            levels = sigmas.tolist() if isinstance(sigmas, (np.ndarray, torch.Tensor)) else sigmas
+            are_numbers = isinstance(levels, (list, tuple)) and all(
+                isinstance(level, numbers.Real) for level in levels
+            )
+            if not (are_numbers and levels and len(levels) == num_inference_steps) or not all(
                 high > low for high, low in zip([1 + 1e-6, *levels], [*levels, 0])
             ):
                 raise ValueError(
@@ -946,6 +981,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
     def attention_kwargs(self) -> dict[str, Any] | None:
         return self._attention_kwargs
 
+    @_offload_at_the_end
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -1066,7 +1102,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 steps.
             callback_on_step_end_tensor_inputs (`Sequence[str]`, defaults to `("latents",)`):
                 Names of the tensors in `callback_kwargs`, out of `pipe._callback_tensor_inputs`. Without guidance the
-                negative ones are `None`.
+                negative ones are `None`, unless they were given.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": float}` scales the LoRA layers.
             max_sequence_length (`int`, defaults to 512):
@@ -1086,9 +1122,11 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             reuse_context (`bool`, defaults to `True`):
                 Whether to keep the keys and values of all tokens in all blocks, which are the same in every step,
                 rather than compute them again. They take `4 * batch * tokens * dim * num_layers` bytes in bfloat16 for
-                each branch of guidance. Tokens that are read alike are then merged, which changes nothing but
-                rounding: those of the null condition, unless the transformer is compiled, and the text's padding, see
-                [`merge_padding`], where the attention backend takes masks: PyTorch's own, the default, does.
+                each branch of guidance, and the source's patches `2 * batch * seq * dim`. A callback that loads other
+                weights into the same layers in place, as hot-swapping does, needs `False`. Tokens that are read alike
+                are then merged, which changes nothing but rounding: those of the null condition, unless the
+                transformer is compiled, and the text's padding, see [`merge_padding`], where the attention backend
+                takes masks: PyTorch's `native`, the default, does.
 
         Examples:
 
@@ -1101,8 +1139,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_inference_steps is None:
-            is_counted = sigmas is None or not isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor))
-            num_inference_steps = self.config.default_num_inference_steps if is_counted else len(sigmas)
+            num_inference_steps = self.config.default_num_inference_steps
+            if isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor)) and np.ndim(sigmas):
+                num_inference_steps = len(sigmas) or num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
         if source_guidance_scale is None:
@@ -1161,8 +1200,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         has_null = self.do_classifier_free_guidance or self.do_source_guidance
         prompts = prompt if prompt is None or isinstance(prompt, (list, tuple)) else [prompt]
         negative_prompts = negative_prompt if isinstance(negative_prompt, (list, tuple)) else [negative_prompt or ""]
-        rows_of_all = (clips, prompts, negative_prompts, *embeds.values())
-        batch_size = max(len(rows) for rows in rows_of_all if rows is not None)
+        batch_size = max(
+            len(rows) for rows in (clips, prompts, negative_prompts, *embeds.values()) if rows is not None
+        )
+        del embeds
         num_outputs = batch_size * num_videos_per_prompt
         num_frames, _, source_height, source_width = clips[0].shape
         latents_shape = self._latents_shape(num_outputs, clips[0], height, width)
@@ -1197,21 +1238,23 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             )
 
         # 5. Distil the MLLM's tokens
+        all_inputs = [inputs for inputs in (mllm_inputs, negative_mllm_inputs) if inputs is not None]
+        distilled = self._distill(all_inputs, device, dtype) if all_inputs else []
         if mllm_inputs is not None:
-            edit_tokens, visual_tokens, *positions_and_mask = self._distill(mllm_inputs, device, dtype)
+            edit_tokens, visual_tokens, *positions_and_mask = distilled[0]
             if "edit_embeds" in missing:
                 edit_embeds = edit_tokens
             if "visual_embeds" in missing:
                 visual_embeds, (visual_positions, visual_attention_mask) = visual_tokens, positions_and_mask
         if negative_mllm_inputs is not None:
-            edit_tokens, visual_tokens, *_ = self._distill(negative_mllm_inputs, device, dtype)
+            edit_tokens, visual_tokens, *_ = distilled[1]
             # A blank text gets the null condition, alone or among others.
             is_blank = torch.tensor([not text.strip() for text in negative_prompts], device=device).view(-1, 1, 1)
             if edit_embeds is not None and negative_edit_embeds is None:
                 negative_edit_embeds = edit_tokens.masked_fill(is_blank, 0.0)
             if "visual_embeds" in missing:
                 negative_visual_embeds = visual_tokens.masked_fill(is_blank, 0.0)
-        del mllm_inputs, negative_mllm_inputs  # the clips' pixels, on the MLLM's device
+        del mllm_inputs, negative_mllm_inputs, all_inputs  # the clips' pixels, on the MLLM's device
         if has_null and edit_embeds is not None and negative_edit_embeds is None:
             negative_edit_embeds = torch.zeros_like(edit_embeds)
         if has_null and visual_embeds is not None and negative_visual_embeds is None:
@@ -1232,6 +1275,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             visual_embeds,
             negative_visual_embeds,
         ) = (None if rows is None else _repeat(rows.to(device, dtype), num_outputs) for rows in embeds)
+        del embeds
         if visual_positions is not None:
             visual_positions = _repeat(visual_positions.to(device, torch.float32), num_outputs)
         if visual_attention_mask is not None:
@@ -1252,6 +1296,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         latents, source_latents = self.prepare_latents(
             source_video, latents_shape, torch.float32, device, generator, latents
         )
+        for hook in getattr(self, "_all_hooks", ()):
+            if hook.model is self.vae:  # which is there to encode, and would stay beside the transformer
+                hook.offload()
         copy_latents = source_latents if keep_detail and output_type != "latent" else None
         if source_latents is not None:
             source_latents = _repeat(source_latents.to(dtype), num_outputs)
@@ -1275,9 +1322,15 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             # The flow of one branch of guidance, whose context is computed once
             conditions["visual_positions"] = visual_positions
             if reuse_context and branch not in contexts:
-                contexts[branch] = self.transformer.project_context(
+                context = self.transformer.project_context(
                     latents, attention_kwargs=attention_kwargs, **self._merge_tokens(conditions, text_length)
                 )
+                if context is not None and "cond" in contexts:  # the same tensors are kept once
+                    shared = {"rotary_emb": contexts["cond"].rotary_emb}
+                    if conditions["source_hidden_states"] is source_latents:
+                        shared["source_patches"] = contexts["cond"].source_patches
+                    context = context._replace(**shared)
+                contexts[branch] = context
             with self.transformer.cache_context(branch, **cache_context):
                 return self.transformer(
                     hidden_states=latents,
@@ -1330,12 +1383,18 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     callback_kwargs = {}
                     for k in callback_on_step_end_tensor_inputs:
                         callback_kwargs[k] = locals()[k]
-                    adapters = _adapters_of(self.transformer)
-                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs)
+                    tokens = {
+                        k: v for k, v in locals().items() if k in self._callback_tensor_inputs and k != "latents"
+                    }
+                    before = _marks_of(self.transformer, tokens)
+                    callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
 
                     latents = callback_outputs.pop("latents", latents)
                     # of other tokens, another source or other weights
-                    if callback_outputs or _adapters_of(self.transformer) != adapters:
+                    if (
+                        _marks_of(self.transformer, {k: callback_outputs.get(k, v) for k, v in tokens.items()})
+                        != before
+                    ):
                         contexts.clear()
                     source_latents = callback_outputs.pop("source_latents", source_latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)
@@ -1358,9 +1417,6 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         else:
             rebuilt = None if copy_latents is None else self._decode(copy_latents, num_frames)
             video = self._finish(self._decode(latents, num_frames), size, output_type, rebuilt, clips)
-
-        # Offload all models
-        self.maybe_free_model_hooks()
 
         if not return_dict:
             return (video,)
@@ -1415,7 +1471,7 @@ def merge_padding(text: torch.Tensor | None, length: int | None) -> tuple[torch.
         return text, None
     rest, shares = text.shape[1] - length + 3, []
     for others in (2, 1, 0):  # that are to count as at least one token each
-        share = 0.98 * (rest - others) if others else rest  # below what rounding could raise too far
+        share = 0.96 * (rest - others) if others else rest  # below what rounding could raise too far
         shares.append(torch.tensor(share).log().to(text.dtype))
         rest -= float(shares[-1].double().exp())
     mask = text.new_zeros(len(text), length)
@@ -1423,10 +1479,15 @@ def merge_padding(text: torch.Tensor | None, length: int | None) -> tuple[torch.
     return text[:, :length], mask
 
 
-def _adapters_of(transformer: torch.nn.Module) -> list[tuple]:
-    # Which adapters of each layer are active, how strongly, and which are merged into it.
+def _marks_of(transformer: torch.nn.Module, tensors: dict[str, torch.Tensor | None]) -> list:
+    # What contexts depend on and a callback may change: the transformer; which adapters of each layer are active, how
+    # strongly, and which are merged into it; and tensors, with the number of their changes in place where it is known.
     layers = (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
-    return [
+    versions = [
+        (name, id(value), None if value is None or value.is_inference() else value._version)
+        for name, value in sorted(tensors.items())
+    ]
+    return [id(transformer), *versions] + [
         (
             list(layer.active_adapters),
             layer.disable_adapters,

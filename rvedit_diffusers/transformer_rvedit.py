@@ -598,7 +598,8 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
 
         Returns:
             [`RVEDiTContext`]: keys and values of all tokens in all blocks, `4 * batch * num_tokens * dim * num_layers`
-            bytes in half precision. `None` with group offloading and FSDP, where weights are there in `forward` alone.
+            bytes in half precision, and the source's patches, `2 * batch * seq * dim`. `None` with group offloading
+            and FSDP, where weights are there in `forward` alone.
 
         Raises:
             `ValueError`: as `forward` does.

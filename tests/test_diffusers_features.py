@@ -185,6 +185,24 @@ def test_a_folder_with_weights_of_others_is_refused(folder, tmp_path):
         pipe.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path))
 
 
+def test_lora_layers_are_refused_while_weights_are_on_disk(folder, plain, tmp_path):
+    pipe = load(folder)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.save_lora_weights(tmp_path / "lora", pipe.transformer)
+    pipe.unload_lora_weights()
+    pipe.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk"))
+    for change in (
+        lambda: pipe.load_lora_weights(tmp_path / "lora"),
+        pipe.unload_lora_weights,
+        lambda: pipe.delete_adapters("default"),
+        pipe.fuse_lora,
+        pipe.unfuse_lora,
+    ):
+        with pytest.raises(ValueError, match="`text_encoder` is offloaded to disk"):
+            change()
+    assert_same(edit(pipe), edit(plain))
+
+
 def test_excluded_components_stay_off_the_disk(folder, plain, tmp_path):
     pipe = load(folder)
     pipe.enable_group_offload(

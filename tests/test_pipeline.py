@@ -14,6 +14,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.hooks import FirstBlockCacheConfig
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_dispatch import attention_backend
 from peft import LoraConfig
@@ -512,6 +513,18 @@ def test_two_scale_guidance_is_the_formula(shared_pipe, clip):
     torch.testing.assert_close(result, latents - expected)  # one Euler step from sigma 1 to 0
 
 
+def test_all_texts_take_one_pass_of_the_text_encoder(pipe, clip):
+    calls = Calls(pipe.text_encoder)
+    with torch.no_grad():
+        both = pipe.encode_prompt([PROMPT, "remove the ball"], ["black and white", "blurred"])
+        assert calls.count == 1
+        alone = [
+            pipe.encode_prompt(text, do_classifier_free_guidance=False)[0] for text in ("remove the ball", "blurred")
+        ]
+    torch.testing.assert_close(both[0][1:], alone[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(both[1][1:], alone[1], atol=1e-6, rtol=0)
+
+
 def test_negative_prompt_reaches_text_encoder_and_mllm(pipe, clip):
     plain = edit(pipe, clip)
     calls = Calls(pipe.mllm.model)
@@ -613,6 +626,18 @@ def test_context_is_computed_once_for_each_branch(pipe, clip, scales, branches):
     torch.testing.assert_close(reused, plain, atol=1e-5, rtol=0)  # tokens of the null condition are merged
 
 
+def test_what_is_the_same_in_all_branches_is_kept_once(pipe, clip):
+    seen = []
+    pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["context"]), with_kwargs=True
+    )
+    edit(pipe, clip, guidance_scale=3.0, source_guidance_scale=1.5, num_inference_steps=1)
+    cond, uncond, uncond_source = seen
+    assert cond.source_patches is uncond.source_patches and cond.source_patches.any()
+    assert not uncond_source.source_patches.any()
+    assert cond.rotary_emb is uncond.rotary_emb is uncond_source.rotary_emb
+
+
 def long_texts(*lengths, text_len=200):
     """Embeddings of texts that are padded to more tokens than are kept."""
     texts = torch.randn(len(lengths), text_len, 16, generator=generator())
@@ -694,6 +719,51 @@ def test_text_of_the_callback_is_merged_anew(pipe, clip):
     torch.testing.assert_close(changed, plain, atol=1e-5, rtol=0)
 
 
+def test_tensors_that_the_callback_leaves_alone_are_not_projected_again(pipe, clip):
+    calls = Calls(pipe.transformer.blocks[-1].attn2.to_k)
+    names = pipe._callback_tensor_inputs
+    for callback in (lambda *args: args[-1], lambda *args: None):
+        edit(pipe, clip, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names)
+    assert calls.count == 2 * 2  # branches of two edits, of two steps each
+
+
+@pytest.mark.parametrize("name", ["prompt_embeds", "edit_embeds", "source_latents"])
+def test_tensors_that_the_callback_changes_in_place_count(shared_pipe, clip, name):
+    def callback(pipe, step, timestep, kwargs):
+        kwargs[name] += 1.0
+        return {}
+
+    changes = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": [name]}
+    changed = edit(shared_pipe, clip, **changes)
+    torch.testing.assert_close(changed, edit(shared_pipe, clip, **changes, reuse_context=False), atol=1e-5, rtol=0)
+    assert not torch.allclose(changed, edit(shared_pipe, clip), atol=1e-5)
+
+
+def test_an_edit_in_inference_mode_is_the_same(shared_pipe, clip):
+    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    with torch.inference_mode():
+        found = edit(shared_pipe, clip, callback_on_step_end=lambda *args: args[-1], **names)
+    assert torch.equal(found, edit(shared_pipe, clip))
+
+
+def test_a_transformer_that_the_callback_puts_in_place_is_used_from_then_on(pipe, clip):
+    first, other = pipe.transformer, copy.deepcopy(pipe.transformer)
+    with torch.no_grad():
+        other.blocks[-1].attn2.to_v.weight.mul_(-2.0)
+
+    def callback(pipe, step, timestep, kwargs):
+        pipe.transformer = other
+        return {}
+
+    edits = []
+    for reuse_context in (True, False):
+        pipe.transformer = first
+        edits.append(edit(pipe, clip, callback_on_step_end=callback, reuse_context=reuse_context))
+    torch.testing.assert_close(*edits, atol=1e-5, rtol=0)
+    pipe.transformer = first
+    assert not torch.allclose(edits[0], edit(pipe, clip), atol=1e-5)
+
+
 @pytest.mark.parametrize("change", ["disable_lora", "set_adapters"])
 def test_adapters_that_the_callback_changes_count_for_what_is_reused(pipe, clip, change):
     config = LoraConfig(r=2, target_modules=["to_k", "to_v", "source_embedding"], init_lora_weights=False)
@@ -717,7 +787,7 @@ def test_adapters_that_the_callback_changes_count_for_what_is_reused(pipe, clip,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("text_len, length", [(512, 64), (513, 512), (226, 128), (70, 64)])
+@pytest.mark.parametrize("text_len, length", [(512, 64), (513, 512), (226, 128), (70, 64), (4096, 64), (4001, 128)])
 def test_merged_padding_stands_for_all_of_it(dtype, text_len, length):
     text, mask = merge_padding(long_texts(9, 40, text_len=text_len).to(dtype), length)
     assert text.shape == (2, length, 16) and mask.shape == (2, length) and mask.dtype == dtype
@@ -861,7 +931,12 @@ def test_every_step_has_a_noise_level_to_remove(pipe, clip, sigmas):
 
 
 @pytest.mark.parametrize(
-    "change, name", [({}, "prediction_type"), ({"prediction_type": "flow_prediction"}, "use_flow")]
+    "change, name",
+    [
+        ({}, "prediction_type"),
+        ({"prediction_type": "flow_prediction"}, "use_flow"),
+        ({"prediction_type": "flow_prediction", "use_flow_sigmas": True, "use_dynamic_shifting": True}, "use_dynamic"),
+    ],
 )
 def test_schedulers_that_integrate_no_flow_are_refused(pipe, clip, change, name):
     pipe.scheduler = UniPCMultistepScheduler(**change)
@@ -1051,8 +1126,44 @@ def test_model_cpu_offload_frees_the_mllm_before_the_transformer_runs(pipe, clip
     assert torch.equal(edit(pipe, clip, negative_prompt="black and white"), expected)
     loads = [event for event in events if not event.startswith("no ")]
     assert loads[0] == "text_encoder" and set(loads) == {"text_encoder", "mllm", "distiller", "vae", "transformer"}
-    last_mllm = len(events) - 1 - events[::-1].index("mllm")
-    assert last_mllm < events.index("no mllm", last_mllm) < events.index("transformer")
+    last_mllm = len(events) - 1 - events[::-1].index("mllm")  # which does not come back for the negative prompt
+    assert last_mllm < events.index("no mllm") < events.index("transformer")
+
+
+def test_model_cpu_offload_frees_the_vae_before_the_transformer_runs(pipe, clip, monkeypatch):
+    from accelerate.hooks import CpuOffload
+
+    expected = edit(pipe, clip)
+    pipe.enable_model_cpu_offload(device="cpu")
+    events, init_hook = [], CpuOffload.init_hook
+    monkeypatch.setattr(
+        CpuOffload, "init_hook", lambda self, module: (events.append(module), init_hook(self, module))[1]
+    )
+    pipe.transformer.register_forward_pre_hook(lambda module, args: events.append(module))
+    assert torch.equal(edit(pipe, clip), expected)
+    assert events.index(pipe.vae) < events.index(pipe.transformer)
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_call_that_was_stopped_leaves_nothing_behind(pipe, clip):
+    def stop(pipe, step, timestep, kwargs):
+        raise Stopped
+
+    larger = make_clip(5, 48, 64)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=1e9))
+    expected = edit(pipe, larger, num_inference_steps=3)
+    with pytest.raises(Stopped):
+        edit(pipe, clip, num_inference_steps=3, callback_on_step_end=stop)
+    assert torch.equal(edit(pipe, larger, num_inference_steps=3), expected)
+
+
+def test_group_offload_without_the_size_of_groups_is_refused_before_anything_has_hooks(pipe, clip):
+    with pytest.raises(ValueError, match="`num_blocks_per_group` has to be"):
+        pipe.enable_group_offload("cpu")
+    assert not any(hasattr(module, "_diffusers_hook") for module in pipe.text_encoder.modules())
 
 
 def test_model_cpu_offload_frees_the_text_encoder_when_the_mllm_does_not_run(pipe, clip, monkeypatch):

@@ -141,6 +141,10 @@ WRONG_CALLS = {
     "sigmas that rise": ({"sigmas": [0.5, 1.0]}, ValueError, ["`sigmas`", "[0.5, 1.0]", "falling"]),
     "a sigma of 0": ({"sigmas": [1.0, 0.0]}, ValueError, ["`sigmas`", "[1.0, 0.0]", "in (0, 1]"]),
     "a sigma above 1": ({"sigmas": [2.0, 1.0]}, ValueError, ["`sigmas`", "[2.0, 1.0]", "in (0, 1]"]),
+    "sigmas of two axes": ({"sigmas": torch.ones(2, 2) / 2}, ValueError, ["`sigmas`", "0.5", "a list"]),
+    "sigmas as text": ({"sigmas": ["1.0", "0.5"]}, ValueError, ["`sigmas`", "['1.0', '0.5']", "a list"]),
+    "empty sigmas": ({"sigmas": []}, ValueError, ["`sigmas`", "[]", "a list"]),
+    "one sigma as a tensor": ({"sigmas": torch.tensor(0.5)}, ValueError, ["`sigmas`", "0.5", "a list"]),
     "no sigmas": ({"sigmas": 0.5}, ValueError, ["`sigmas`", "0.5", "a list"]),
     "other sigmas than steps": (
         {"sigmas": [1.0], "num_inference_steps": 2},
