@@ -5,7 +5,8 @@
 
 For each size both transformers take turns. Without a GPU, or with `--device meta`, nothing is run: FLOPs are those of
 `costs.py`, and memory is the most that a call's operations hold at once on tensors without data. The exponent is the
-slope of a line through the logarithms: 1 where the cost is proportional, 2 where attention rules.
+slope of a line through the logarithms, over the number of latent tokens: 1 where the cost is proportional, 2 where
+attention rules.
 """
 
 import argparse
@@ -97,7 +98,8 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, dict[str, list[floa
                 values["seconds"][name].append(statistics.median(seconds[name]))
                 values["bytes"][name] += [memory[name]] if memory else []
         kept = {quantity: by_name for quantity, by_name in values.items() if by_name["ours"]}
-        found[axis] = {"places": list(places), **kept}
+        tokens = [num_clips * size.num_tokens for size, num_clips in places.values()]
+        found[axis] = {"places": list(places), "tokens": tokens, **kept}
     return found
 
 
@@ -105,9 +107,9 @@ def run(size: Preset, num_clips: int, dtype: torch.dtype, name: str, model: nn.M
     return call_on(size, num_clips, torch.device("cpu"), dtype, name, model)()
 
 
-def exponent(places: list[float], values: list[float]) -> float:
+def exponent(tokens: list[int], values: list[float]) -> float:
     """Slope of the line of least squares through the logarithms."""
-    return float(np.polyfit(np.log(places), np.log(values), 1)[0])
+    return float(np.polyfit(np.log(tokens), np.log(values), 1)[0])
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
         for quantity, unit in QUANTITIES.items():
             if quantity not in values:
                 continue
-            slopes = {name: exponent(values["places"], values[quantity][name]) for name in ("ours", "wan")}
+            slopes = {name: exponent(values["tokens"], values[quantity][name]) for name in ("ours", "wan")}
             exponents[f"{axis}_{quantity}"] = slopes
             shown = [", ".join(f"{v / UNITS[quantity]:.3g}" for v in values[quantity][name]) for name in slopes]
             cells = [f"{axis} {', '.join(map(str, values['places']))}", unit, *shown]

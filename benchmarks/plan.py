@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +65,28 @@ def resize(preset: Preset, num_frames: int, height: int, width: int) -> Preset:
 # FLOPs and seconds
 
 
-def step_flops(preset: Preset, training_type: str, checkpointing: bool, aligned: bool) -> dict[str, float]:
+def step_flops(
+    preset: Preset, training_type: str, checkpointing: bool, aligned: bool, align_blocks: Sequence[int] | None = None
+) -> dict[str, float]:
     """FLOPs of a training step on one clip, `linear` and `attention`.
 
     The backward pass of a linear layer is one product for its input and, if it is trained, one for its weights; that
     of fused attention 2.5 times its forward pass, which it repeats in part. LoRA's own products are left out. The
-    reference branch runs forward up to the last aligned block, the first deep one.
+    reference branch runs forward up to the last of `align_blocks`, by default the first deep block.
     """
     forward = transformer_flops(preset)
     passes = {"linear": 2 + (training_type == "full") + checkpointing, "attention": 3.5 + checkpointing}
-    share = (preset.num_layers // 3 + 1) / preset.num_layers
+    last = preset.num_layers // 3 if align_blocks is None else max(align_blocks)
+    share = (last + 1) / preset.num_layers
     return {name: forward[name] * (passes[name] + share * aligned) for name in forward}
+
+
+def connect_flops(preset: Preset, checkpointing: bool) -> dict[str, float]:
+    """FLOPs of a step of the first stage: both branches stop after the last shallow block; gradients pass one of them,
+    on their way to the distiller, and no weight of the transformer gets any."""
+    forward, share = transformer_flops(preset), (preset.num_layers // 3) / preset.num_layers
+    passes = {"linear": 3 + checkpointing, "attention": 4.5 + checkpointing}
+    return {name: forward[name] * passes[name] * share for name in forward}
 
 
 def step_seconds(flops: dict[str, float], speed: dict[str, float], share: float) -> float:
@@ -198,8 +210,10 @@ def check(args: argparse.Namespace) -> list[dict]:
     found, (speed, share) = args.check_result, speeds(args)
     settings, rows = found["settings"], []
     preset = PRESETS[settings["preset"]["name"]]
+    options = (settings["training_type"], settings["gradient_checkpointing"])
     for name, aligned in (("plain", False), ("align", True)):
-        flops = step_flops(preset, settings["training_type"], settings["gradient_checkpointing"], aligned)
+        flops = step_flops(preset, *options, aligned, settings["align_blocks"])
+        flops = {kind: settings["batch_size"] * value for kind, value in flops.items()}
         row = {"step": name, "flops": sum(flops.values()), "measured_flops": found["flops"][name]}
         if found["seconds"]:
             row["seconds"] = step_seconds(flops, speed, share)
@@ -259,9 +273,9 @@ def main(argv: list[str] | None = None) -> None:
         cells = [f"{sum(flops.values()) / 1e12:,.0f}", f"{computed:.2f}", f"{sent:.2f}", f"{seconds[name]:.2f}"]
         lines.append(f"| {name} | {' | '.join(cells)} | {epoch:,.1f} |")
     short = resize(preset, 17, args.height, args.width)
-    # The first stage trains a part of the model, through all of it.
+    gathered = traffic(memory["num_weights"], 0, args.gpus, gpu, strategy)  # the distiller's gradients are small
     stage_seconds = [
-        max(step_seconds(step_flops(preset, "lora", checkpointing, False), speed, share), sent),
+        max(step_seconds(connect_flops(preset, checkpointing), speed, share), gathered),
         max(step_seconds(step_flops(short, args.training_type, checkpointing, False), speed, share), sent),
         seconds["align"],
     ]

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 from rvedit_diffusers.evaluation import PipelineEditor, Task
 from rvedit_diffusers.evaluation.editors import model_name, reconstruct
-from rvedit_diffusers.evaluation.report import figure, resampled_means
+from rvedit_diffusers.evaluation.report import difference_figures, figure, resampled_means
 from rvedit_diffusers.synthetic import LEVELS, BenchmarkItem, BenchmarkItems
 from rvedit_diffusers.synthetic.metrics import psnr
 from rvedit_diffusers.synthetic.scoring import Judge, union_success
@@ -51,7 +51,7 @@ def settings_of(num_steps: int, lora_steps: int | None, mag_ratios: list[float])
     """What is compared, by name; the first is what the pipeline does by itself."""
     found = {FULL: Setting()}
     for share in (2 / 3, 1 / 2, 1 / 3, 1 / 6):
-        count = round(share * num_steps)
+        count = max(round(share * num_steps), 1)
         found[f"{count} steps"] = Setting({"num_inference_steps": count})
     for threshold in (0.1, 0.2):
         found[f"first block, {threshold}"] = Setting(cache=FirstBlockCacheConfig(threshold=threshold))
@@ -147,8 +147,13 @@ def summarize(seconds: dict[str, list[float]], scores: dict[str, np.ndarray]) ->
             "time_ratios": ratios,
             **figure("union_success", float(success.mean()), resampled_means(success, "quality")),
             **figure("difference", float(difference.mean()), resampled_means(difference, "quality")),
+            **{
+                name.replace("union_success", "difference"): value
+                for name, value in difference_figures("union_success", difference).items()
+            },
             "op_success": float(values[:, 1].mean()),
-            "psnr_to_full": None if name == FULL else float(values[:, 2].mean()),
+            # of the mean error, as PSNRs of clips that hardly differ say little
+            "psnr_to_full": None if name == FULL else float(-10 * np.log10(np.mean(10 ** (-values[:, 2] / 10)))),
         }
     return found
 

@@ -169,6 +169,7 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
     branches, samples = build_branches(args, args.device), make_samples(PRESETS[args.preset], args.align_tokens)
     batches = {name: make_batch(samples[name], args.batch_size, args.device) for name in STEPS}
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # as in training: plain, aligned and reference blocks differ
         branches["plain"].transformer.compile_repeated_blocks()
     parameters = [parameter for parameter in branches["plain"].parameters() if parameter.requires_grad]
     optimizer = build_optimizer("adamw", parameters, [], 1e-5, 0.01)

@@ -731,17 +731,25 @@ def test_runs_of_other_items_are_refused(outcomes, tmp_path):
         Ablation([*outcomes, other], "uniform")
 
 
+REACH = 100 * (1 - 0.025 ** (1 / 40))  # of 40 pairs that differ alike, the share that others may be
+
+
 @pytest.mark.parametrize(
     "shares, verdicts",
     [
-        ((1.0, 0.0), "is supported: difference +100.0 [+100.0, +100.0] points, 2 seeds, 40 items each."),
+        (
+            (1.0, 0.0),
+            f"is supported: difference +100.0 [{100 - 2 * REACH:+.1f}, +100.0] points, 2 seeds, 40 items each.",
+        ),
         (
             (0.0, 1.0),
-            "is not supported: difference -100.0 [-100.0, -100.0] points, 2 seeds, 40 items each; `a` is worse.",
+            f"is not supported: difference -100.0 [-100.0, {2 * REACH - 100:+.1f}] points, 2 seeds, 40 items each; `a`"
+            " is worse.",
         ),
         (
             (1.0, 1.0),
-            "not supported: difference +0.0 [+0.0, +0.0] points, 2 seeds, 40 items each; the interval includes 0",
+            f"not supported: difference +0.0 [{-REACH:+.1f}, {REACH:+.1f}] points, 2 seeds, 40 items each; the"
+            " interval includes 0",
         ),
     ],
 )
@@ -818,7 +826,9 @@ def test_the_tables_show_these_figures(outcomes):
         "0.500 [0.500, 0.500]",
     ]
     assert cells("Other figures", "uniform")[2] == "-"
-    assert cells("Difference to `uniform`, other figures", "third")[0] == "+50.0 [+50.0, +50.0]"
+    assert cells("Difference to `uniform`, other figures", "third")[0] == (
+        f"+50.0 [{50 - 1.5 * REACH:+.1f}, {50 + 0.5 * REACH:+.1f}]"
+    )
     assert cells("Rows", "third") == ["else", "1,234,567", "64", "0, 1"]
 
 

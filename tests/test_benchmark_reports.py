@@ -3,10 +3,17 @@
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from rvedit_diffusers import RVEDiTTokenDistiller
+from rvedit_diffusers.training.branches import ConnectingBranches
 
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +25,7 @@ import models  # noqa: E402
 import plan  # noqa: E402
 import report  # noqa: E402
 import training  # noqa: E402
+from costs import transformer_flops  # noqa: E402
 
 
 TINY = models.PRESETS["tiny"]
@@ -111,6 +119,12 @@ def test_what_a_call_holds_grows_with_the_clip(results):
         assert found["growth"][axis]["bytes"]["ours"][1] > 1.5 * found["growth"][axis]["bytes"]["ours"][0]
     assert found["exponents"]["batch_flops"] == {"ours": pytest.approx(1), "wan": pytest.approx(1)}
     assert 1 < found["exponents"]["area_flops"]["ours"] < 2
+    frames, area = (found["growth"][axis]["tokens"] for axis in ("frames", "area"))
+    latent, height, width = TINY.latent_size
+    assert (
+        frames == [5 * height * width // 4, 9 * height * width // 4]
+        and area[1] == 4 * area[0] == latent * height * width
+    )
     assert found["ratios"]["batch_flops_vs_wan"][0] == pytest.approx(found["ratios"]["batch_flops_vs_wan"][1])
 
 
@@ -136,11 +150,31 @@ def test_a_plan_counts_the_states_that_a_training_has(training_type):
 @pytest.mark.parametrize("training_type", ["lora", "full"])
 def test_flops_of_a_plan_are_those_of_the_step(training_type, checkpointing):
     """But for what formulas leave out: LoRA's own products."""
-    options = ["--preset", "tiny", "--device", "meta", "--training_type", training_type]
+    options = ["--preset", "tiny", "--device", "meta", "--training_type", training_type, "--align_tokens", "16"]
     args = training.parse_args(options + ["--gradient_checkpointing"] * checkpointing)
-    counted = training.count_flops(args)["plain"]
-    predicted = sum(plan.step_flops(TINY, training_type, checkpointing, aligned=False).values())
-    assert predicted == pytest.approx(counted, rel=0.05 if training_type == "full" else 0.2)
+    counted = training.count_flops(args)
+    step = partial(plan.step_flops, TINY, training_type, checkpointing)
+    plain, aligned = (sum(step(aligned=each).values()) for each in (False, True))
+    assert plain == pytest.approx(counted["plain"], rel=0.05 if training_type == "full" else 0.2)
+    assert aligned - plain == pytest.approx(counted["align"] - counted["plain"], rel=0.25)
+    last = sum(step(aligned=True, align_blocks=[0, TINY.num_layers - 1]).values())
+    assert last - plain == pytest.approx(sum(transformer_flops(TINY).values()))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_flops_of_the_first_stage_of_a_plan_are_those_of_its_step(checkpointing):
+    preset = dataclasses.replace(TINY, num_layers=30)  # the two at the ends, which get fewer gradients, are few
+    sample = training.make_samples(preset, 64)["align"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        transformer = models.build_transformer(preset)
+        if checkpointing:
+            transformer.enable_gradient_checkpointing()
+        distiller = RVEDiTTokenDistiller(preset.dim, preset.dim, preset.num_edit)
+        branches = ConnectingBranches(transformer, distiller).train()
+        batch = training.make_batch(sample, 1, torch.device("cpu"))
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION), FlopCounterMode(display=False) as counter:
+            branches(batch)[1].mean().backward()
+    assert sum(plan.connect_flops(preset, checkpointing).values()) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_what_gpus_send_each_other_is_that_of_a_ring():
@@ -156,10 +190,16 @@ def test_a_plan_is_checked_against_what_was_measured(results, tmp_path, capsys):
     speed = {"matrix product": 2e9, "attention": 1e9}
     measured_call = {"peak_flops_per_second": speed, "flops": {"ours": {"attainable_share": 0.5}}}
     inference = {"transformer": measured_call, "device": "2 CPU cores"}
-    seconds = 3 * (flops["linear"] / 2e9 + flops["attention"] / 1e9) / 0.5
+    seconds = 4 * 3 * (flops["linear"] / 2e9 + flops["attention"] / 1e9) / 0.5
     measured = {
-        "settings": {"preset": {"name": "tiny"}, "training_type": "lora", "gradient_checkpointing": False},
-        "flops": {"plain": 2 * sum(flops.values()), "align": 1},
+        "settings": {
+            "preset": {"name": "tiny"},
+            "training_type": "lora",
+            "gradient_checkpointing": False,
+            "batch_size": 4,
+            "align_blocks": None,
+        },
+        "flops": {"plain": 4 * 2 * sum(flops.values()), "align": 1},
         "seconds": {"plain": [seconds], "align": [1]},
     }
     for name, content in (("inference", inference), ("training", measured)):

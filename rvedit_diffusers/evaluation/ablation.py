@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from ..synthetic import LEVELS
 from ..training.checkpoint import read_log
 from ..training.sampler import derive_seed
 from .record import ScoreRecord
-from .report import INTERVAL, MEAN_LEVELS, NUM_RESAMPLES, share_figures
+from .report import INTERVAL, MEAN_LEVELS, NUM_RESAMPLES, difference_figures, share_figures
 
 
 CLAIM_POINTS = 5.0
@@ -155,6 +155,18 @@ def estimate(values: Mapping[str, np.ndarray]) -> Estimate:
     return Estimate(mean, low, high)
 
 
+def _estimate_of(
+    name: str, values: Mapping[str, np.ndarray], closed_figures: Callable[[str, np.ndarray], dict[str, float]]
+) -> Estimate:
+    # Where all values are the same a bootstrap has one sample, and the interval is that of a formula.
+    found, every = estimate(values), np.concatenate([each.ravel() for each in values.values()])
+    if every.min() == every.max() and not math.isnan(found.low):
+        closed = closed_figures(name, every[: sum(each.shape[1] for each in values.values())])
+        if closed:
+            return Estimate(found.mean, closed[f"{name}_low"], closed[f"{name}_high"])
+    return found
+
+
 def with_interval(value: Estimate | None, decimals: int, sign: str = "") -> str:
     """`"1.2 [0.8, 1.6]"`, or `"-"` where there is no value; `sign` is that of a format specification."""
     if value is None:
@@ -206,25 +218,19 @@ class Ablation:
                 [`share_figures`], of as many as there are items: seeds have the same ones.
         """
         values = self._values(row, name, levels, sorted(self.runs[row]))
-        if values is None:
-            return None
-        found, every = estimate(values), np.concatenate([each.ravel() for each in values.values()])
-        if every.min() == every.max():
-            closed = share_figures(name, every[: sum(each.shape[1] for each in values.values())])
-            if closed:
-                return Estimate(found.mean, closed[f"{name}_low"], closed[f"{name}_high"])
-        return found
+        return None if values is None else _estimate_of(name, values, share_figures)
 
     def difference(self, row: str, other: str, name: str, levels: Sequence[str] = ()) -> Estimate | None:
         """How much larger a figure of a row is than another row's, paired by seed and item; see [`Ablation.figure`].
 
-        Over the seeds that both rows have; `None` if there are none, or not all have the figure.
+        Over the seeds that both rows have; `None` if there are none, or not all have the figure. Where all pairs
+        differ alike, as where they are the same, the interval is that of [`difference_figures`].
         """
         seeds = self.common_seeds(row, other)
         values, others = (self._values(each, name, levels, seeds) for each in (row, other))
         if values is None or others is None:
             return None
-        return estimate({level: values[level] - others[level] for level in values})
+        return _estimate_of(name, {level: values[level] - others[level] for level in values}, difference_figures)
 
     def common_seeds(self, row: str, other: str) -> list[int]:
         return sorted(self.runs.get(row, {}).keys() & self.runs.get(other, {}).keys())

@@ -52,6 +52,15 @@ def share_figures(name: str, values: np.ndarray) -> dict[str, float]:
     return {f"{name}_low": low, f"{name}_high": high}
 
 
+def difference_figures(name: str, values: np.ndarray) -> dict[str, float]:
+    """Likewise for the paired differences of one of `SHARES`, in [-1, 1], if all are the same: the interval if those
+    that might be others, as many as [`share_figures`] allows, were as far off as they can be."""
+    if name not in SHARES or not values.size or values.min() != values.max():
+        return {}
+    value, reach = float(values[0]), 1 - (INTERVAL[0] / 100) ** (1 / values.size)
+    return {f"{name}_low": value - reach * (1 + value), f"{name}_high": value + reach * (1 - value)}
+
+
 def values_of(scores: Sequence[dict]) -> dict[str, np.ndarray]:
     """The numbers among scores by name, without those that are `None`.
 
