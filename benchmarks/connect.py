@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 from rvedit_diffusers.conversion import convert, plan_conversion
+from rvedit_diffusers.evaluation.record import write_json
 from rvedit_diffusers.losses import flow_matching_loss, sample_sigmas
 from rvedit_diffusers.synthetic import SyntheticEdits
 from rvedit_diffusers.training.cache import CachedPairs, fill_cache, text_length
@@ -166,6 +167,10 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name} has to be at least 1, but is {getattr(args, name)}")
     args.output.mkdir(parents=True, exist_ok=True)
+    record, settings = args.output / "settings.json", {k: v for k, v in vars(args).items() if k != "output"}
+    if record.is_file() and (begun := json.loads(record.read_text())) != settings:
+        parser.error(f"--output {args.output} was begun with {begun}, but now it is {settings}: name another folder")
+    write_json(record, settings)
     if not torch.cuda.is_available():  # plain attention is faster on CPUs at this size, see examples/train.py
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)

@@ -309,6 +309,22 @@ def report_synthetic(args, suites, record: ScoreRecord, settings: dict) -> None:
     print(f"wrote {args.output / 'results.json'}, and a strip of clips for each line")
 
 
+def check_instructions(edits: Sequence[PublicEdit], record: ScoreRecord) -> None:
+    """Refuse results of other instructions, as of another copy of the benchmark.
+
+    Raises:
+        ValueError: There is one.
+    """
+    entries = record.entries()
+    for edit in edits:
+        made = entries.get(edit.result, {}).get("instruction", edit.instruction)
+        if made != edit.instruction:
+            raise ValueError(
+                f"{edit.where}: {edit.result} was made with the instruction {made!r}, but it is {edit.instruction!r}:"
+                " delete the folder, or name another --output"
+            )
+
+
 def run_public(args, edits: Sequence[PublicEdit], editor, record: ScoreRecord, state: PartialState) -> None:
     root, scored = args.output / "results", record.entries().keys()
     root.mkdir(exist_ok=True)
@@ -323,7 +339,8 @@ def run_public(args, edits: Sequence[PublicEdit], editor, record: ScoreRecord, s
             except ValueError as error:  # too long for the model, say
                 raise ValueError(f"{edit.where}: {error}") from error
             write_result(root, edit, source, frames, fps)
-        record.append([{"id": edit.result, "category": edit.category, "scores": score_result(root, edit)}])
+        entry = {"id": edit.result, "category": edit.category, "instruction": edit.instruction}
+        record.append([entry | {"scores": score_result(root, edit)}])
 
 
 def report_public(args, edits: Sequence[PublicEdit], record: ScoreRecord, settings: dict) -> None:
@@ -369,6 +386,8 @@ def main(argv: list[str] | None = None) -> None:
             suites = synthetic_suites(args)
         record = ScoreRecord(args.output, state.process_index)
         record.check(settings)
+        if is_public:
+            check_instructions(edits, record)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -365,6 +365,18 @@ def test_other_settings_in_the_same_folder_are_refused(data, run, capsys):
     assert "guidance_scale 3.0, but now it is 1.5" in capsys.readouterr().err
 
 
+def test_results_of_another_instruction_are_refused(data, run, capsys):
+    folder = data("openve")
+    run("openve", folder, "--limit=1")
+    table = folder / "benchmark_videos.csv"
+    edit = read_benchmark("openve", folder)[0]
+    table.write_text(table.read_text(encoding="utf-8-sig").replace(edit.instruction, "Make it snow"))
+    with pytest.raises(SystemExit):
+        run("openve", folder, "--limit=1")
+    message = capsys.readouterr().err
+    assert f"was made with the instruction {edit.instruction!r}, but it is 'Make it snow'" in message
+
+
 def test_clips_that_the_model_does_not_take_are_named(data, run, capsys):
     with pytest.raises(SystemExit):
         run("openve", data("openve"), "--height=20")

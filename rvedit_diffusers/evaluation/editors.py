@@ -73,7 +73,8 @@ class CopySource:
 
 
 class VaeCeiling:
-    """Gives the true edits back as an autoencoder does: what no editor with this autoencoder can exceed.
+    """Gives the true edits back as an autoencoder does: what an editor that returns decoded clips cannot
+    exceed. One that applies the change to the clip itself (`keep_detail`) can, outside of what it edits.
 
     Args:
         vae (`AutoencoderKLWan`): See [`reconstruct`].
