@@ -12,6 +12,8 @@ from components import make_clip
 from huggingface_hub import ModelCard
 
 from rvedit_diffusers.evaluation.ablation import SUCCESS, Ablation, read_outcomes
+from rvedit_diffusers.evaluation.ablation_grid import read_grid
+from rvedit_diffusers.evaluation.ablation_report import tables
 from rvedit_diffusers.evaluation.report import MEAN_LEVELS
 from rvedit_diffusers.model_card import check_model_card
 from rvedit_diffusers.video import write_video
@@ -82,6 +84,15 @@ def test_values_of_options_of_trainings_are_taken(line, tmp_path, monkeypatch):
     for name, value in (("--model", ROOT / "rvedit_diffusers" / "checkpoints" / "tiny"), ("--output", tmp_path)):
         words[words.index(name) + 1] = str(value)
     train.parse_args(words)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("ablation*.md")), ids=lambda path: path.name)
+def test_tables_of_an_ablation_are_those_of_its_runs(page):
+    text = page.read_text()
+    grid = read_grid(ROOT / re.search(r"--config (\S+)", text)[1])
+    ablation = Ablation(list(read_outcomes(page.with_suffix(".json")).values()), grid["baseline"])
+    for title, table in tables(ablation, {name: row["says"] for name, row in grid["rows"].items()}).items():
+        assert f"## {title}\n\n{table}" in text
 
 
 def test_figures_of_the_ablation_are_those_of_its_runs():
