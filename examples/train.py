@@ -98,7 +98,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft", "rvedit_
 OF_STAGE_EDIT = (
     "training_type train_text_encoder lora_rank lora_alpha lora_dropout lora_targets layerwise_casting group_offload"
     " edit_weight drop_instruction drop_all align_weight align_blocks align_loss align_temperature"
-    " align_reference_latents align_reference_tokens align_negatives align_every align_warmup_steps align_stop_step"
+    " align_reference_latents align_reference_tokens align_negatives align_ignore_radius align_every"
+    " align_warmup_steps align_stop_step"
     " operations edits_per_scene levels kinds distill_steps distill_substeps distill_guidance_scale"
 ).split()
 CARD_FILES = ("README.md", "*LICENSE*", "*NOTICE*")  # of a base: its licence goes along with what is made of it
@@ -106,7 +107,8 @@ SYNTHETIC_BUCKET = "17x64x64"
 LR_SCHEDULERS = [s.value for s in SchedulerType if s != SchedulerType.PIECEWISE_CONSTANT]  # which needs rules
 # What EditingBranches is told of it.
 ALIGNMENT = (
-    "align_blocks align_loss align_temperature align_reference_latents align_reference_tokens align_negatives".split()
+    "align_blocks align_loss align_temperature align_reference_latents align_reference_tokens align_negatives"
+    " align_ignore_radius".split()
 )
 # What may differ when a run goes on: where things are and how often they are shown, not what is computed. Of the data
 # and the weights, the content counts; of the batch size, that of all processes, unless its samples meet each other.
@@ -259,6 +261,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="whose reference tokens contrast tells the own from: the next sample's of the micro-batch, or, with"
         " --levels, the twin's, which differs in one word",
     )
+    group.add_argument(
+        "--align_ignore_radius", type=int, default=0, help="tokens so many patches away are no negatives of infonce"
+    )
     group.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
     group.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")
     group.add_argument("--align_stop_step", type=int, help="align in the steps before this one alone")
@@ -307,6 +312,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     least |= dict.fromkeys(("validation_steps", "num_validation_pairs", "num_validation_edits", "num_workers"), 0)
     least |= dict.fromkeys(("distill_steps", "distill_substeps"), 1)
     least |= dict.fromkeys(("lr_warmup_steps", "max_grad_norm", "weight_decay", "edit_weight", "align_weight"), 0)
+    least |= {"align_ignore_radius": 0}
     for name, bound in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= bound:
             parser.error(f"--{name} has to be at least {bound}, but is {getattr(args, name)}")
@@ -421,6 +427,8 @@ def check_alignment(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             f"--train_batch_size has to be at least 2, but is {args.train_batch_size}: --align_reference_tokens"
             " shuffled and --align_loss contrast read the tokens of the micro-batch's next sample"
         )
+    if args.align_ignore_radius and args.align_loss != "infonce":
+        parser.error(f"--align_ignore_radius is for --align_loss infonce, but that is {args.align_loss}")
     if args.align_negatives == "twin":
         if args.align_loss != "contrast":
             parser.error(f"--align_negatives twin is for --align_loss contrast, but that is {args.align_loss}")

@@ -146,8 +146,8 @@ def infonce_loss(
         queries, keys (`torch.Tensor` of shape `(batch, tokens, dim)`): Projected features of the editing and of the
             reference branch at the same positions. Normalised here; logits are float32.
         temperature (`float`, defaults to `0.07`): Divides the cosine similarities.
-        ignored (`torch.Tensor` of shape `(tokens, tokens)`, *optional*): Boolean; `True` takes a pair out of the
-            negatives, for example neighbours. Its diagonal has to be `False`.
+        ignored (`torch.Tensor` of shape `(tokens, tokens)` or `(batch, tokens, tokens)`, *optional*): Boolean; `True`
+            takes a pair out of the negatives, for example neighbours. Its diagonal has to be `False`.
         chunk_size (`int`, *optional*): Compute that many rows at a time and again in the backward pass, so that the
             `(tokens, tokens)` logits never exist at once.
 
@@ -168,7 +168,7 @@ def infonce_loss(
         total = queries.new_zeros(queries.shape[0])
         for start in range(0, queries.shape[1], chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk_ignored = None if ignored is None else ignored[rows]
+            chunk_ignored = None if ignored is None else ignored[..., rows, :]
             total = total + checkpoint(
                 _infonce_rows, queries[:, rows], keys, chunk_ignored, start, temperature, use_reentrant=False
             ).sum(dim=1)

@@ -942,6 +942,7 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ('{"align_reference_tokens": "shuffled"}', "--train_batch_size"),
         ('{"align_loss": "contrast", "align_reference_tokens": "shuffled"}', "--align_reference_tokens"),
         ('{"align_negatives": "twin"}', "--align_loss contrast"),
+        ('{"align_ignore_radius": 1, "align_loss": "cosine"}', "--align_ignore_radius is for --align_loss infonce"),
         ('{"align_negatives": "twin", "align_loss": "contrast"}', "--levels"),
         (
             '{"align_negatives": "twin", "align_loss": "contrast", "levels": ["L1"], "training_type": "full"}',

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from components import DIM, TEXT_DIM, build_transformer, make_clip
@@ -64,7 +65,7 @@ def by_hand(branches, batch, prefix="", source="source_latents"):
         source_hidden_states=batch[source] * keep,
         return_features=branches.align_blocks,
     )
-    features = [torch.stack([row[at] for row, at in zip(rows, POSITIONS)]) for rows in output.features]
+    features = [torch.stack([row[at] for row, at in zip(rows, batch.get("align_positions", POSITIONS))]) for rows in output.features]
     return output.sample, features
 
 
@@ -251,6 +252,35 @@ def test_the_reference_branch_teaches_no_weight_but_the_heads(align_loss):
     expected = torch.autograd.grad(sum(losses).mean() / 2, parameters, allow_unused=True)
     actual = torch.autograd.grad(branches(batch)[1].mean(), parameters, allow_unused=True)
     torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 64])
+@pytest.mark.parametrize("radius", [1, 2])
+def test_neighbours_can_be_no_negatives_of_infonce(monkeypatch, radius, rows_at_once):
+    monkeypatch.setattr(branches_module, "ROWS_AT_ONCE", rows_at_once)
+    branches, batch = build_branches(align_ignore_radius=radius), build_batch()
+    generator = torch.Generator().manual_seed(2)
+    for name in ("latents", "source_latents", "noise"):
+        batch[name] = torch.randn(2, 16, 2, 4, 12, generator=generator)
+    grid, expected = (2, 2, 6), []
+    batch["align_positions"] = torch.tensor([[0, 1, 3, 9, 20], [2, 5, 11, 12, 23]])
+    features, targets = (by_hand(branches, batch, prefix)[1] for prefix in ("", "reference_"))
+    for sample, positions in enumerate(batch["align_positions"].tolist()):
+        places = np.array(np.unravel_index(positions, grid)).T
+        losses = []
+        for head, feature, target in zip(branches.heads, features, targets, strict=True):
+            rows, columns = (torch.nn.functional.normalize(head(each[sample]), dim=-1) for each in (feature, target))
+            logits = rows @ columns.T / 0.07
+            for i, place in enumerate(places):
+                kept = [j for j in range(5) if j == i or np.abs(places[j] - place).max() > radius]
+                # the bound is the log of the candidates minus the loss, as it is the log of all minus what is given
+                loss = logits[i, kept].logsumexp(0) - logits[i, i]
+                losses.append(math.log(5) - (math.log(len(kept)) - loss))
+        expected.append(torch.stack(losses).mean())
+    found = branches(batch)[1]
+    torch.testing.assert_close(found, torch.stack(expected))
+    branches.align_ignore_radius = 0
+    assert not torch.allclose(found, branches(batch)[1])
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 2, 4])
@@ -570,6 +600,7 @@ def test_a_routing_without_anything_to_connect_is_refused(pipe, routing):
         ({"align_reference_latents": "edited"}, "`align_reference_latents` .*'source'.*'edited'"),
         ({"align_reference_tokens": "mine"}, "`align_reference_tokens` .*'own'.*'mine'"),
         ({"align_negatives": "all"}, "`align_negatives` .*'next'.*'all'"),
+        ({"align_loss": "cosine", "align_ignore_radius": 1}, "`align_ignore_radius` .*0.*1"),
         ({"align_loss": "contrast", "align_reference_tokens": "shuffled"}, "`align_reference_tokens` .*'shuffled'"),
     ],
 )

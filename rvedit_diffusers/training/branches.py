@@ -84,6 +84,9 @@ class EditingBranches(nn.Module):
             of the next sample of the micro-batch, mostly of another scene, or those of the `"twin"`, which come with
             the batch. The twin has the same source and an instruction that differs in one word, so that nothing but
             this word tells them apart: the hardest negative.
+        align_ignore_radius (`int`, defaults to 0): Tokens that are at most so many patches away, in time, rows and
+            columns, are no negatives of InfoNCE; 0: all are. The loss is given as if they were, such that the log of
+            the number of positions minus it stays a bound on the mutual information.
 
     Raises:
         ValueError: An argument is out of range.
@@ -101,6 +104,7 @@ class EditingBranches(nn.Module):
         align_reference_latents: str = "source",
         align_reference_tokens: str = "own",
         align_negatives: str = "next",
+        align_ignore_radius: int = 0,
     ):
         super().__init__()
         config = transformer.config
@@ -122,11 +126,16 @@ class EditingBranches(nn.Module):
                 "`align_reference_tokens` has to be 'own' where `align_loss` is 'contrast', which tells them from"
                 f" others, but is {align_reference_tokens!r}"
             )
+        if align_ignore_radius and align_loss != "infonce":
+            raise ValueError(
+                "`align_ignore_radius` has to be 0 where `align_loss` is not 'infonce', which alone has other tokens"
+                f" for negatives, but is {align_ignore_radius}"
+            )
         self.transformer, self.distiller, self.text_encoder = transformer, distiller, text_encoder
         self._mllm = (mllm,)  # out of sight of nn.Module
         self.align_loss, self.align_temperature = align_loss, align_temperature
         self.align_reference_latents, self.align_reference_tokens = align_reference_latents, align_reference_tokens
-        self.align_negatives = align_negatives
+        self.align_negatives, self.align_ignore_radius = align_negatives, align_ignore_radius
         dim = config.num_attention_heads * config.attention_head_dim
         out_dim = 128 if align_loss in CONTRASTIVE_LOSSES else dim
         self.heads = nn.ModuleList(AlignmentHead(dim, out_dim=out_dim) for _ in self.align_blocks)
@@ -146,12 +155,33 @@ class EditingBranches(nn.Module):
     def _tokens(self, batch: dict, prefix: str = "") -> dict[str, torch.Tensor]:
         return _kept(batch, self._make_tokens(batch, prefix))
 
+    def _neighbours(self, batch: dict) -> torch.Tensor | None:
+        # Of each two of the positions whether they are near, `(batch, num, num)` bool
+        if not self.align_ignore_radius:
+            return None
+        sizes = zip(batch["latents"].shape[3:], self.transformer.config.patch_size[1:], strict=True)
+        num_rows, num_columns = (size // patch for size, patch in sizes)
+        at = batch["align_positions"]
+        are_near = ~torch.eye(at.shape[1], dtype=torch.bool, device=at.device).expand(len(at), -1, -1)
+        for place in (at // (num_rows * num_columns), at // num_columns % num_rows, at % num_columns):
+            are_near = are_near & ((place[:, :, None] - place[:, None]).abs() <= self.align_ignore_radius)
+        return are_near
+
     def _align(
-        self, head: AlignmentHead, features: torch.Tensor, targets: torch.Tensor, *wrong_targets: torch.Tensor
+        self,
+        head: AlignmentHead,
+        ignored: torch.Tensor | None,
+        features: torch.Tensor,
+        targets: torch.Tensor,
+        *wrong_targets: torch.Tensor,
     ) -> torch.Tensor:
         if self.align_loss == "infonce":
             chunk_size = ROWS_AT_ONCE if features.shape[1] > ROWS_AT_ONCE else None
-            return infonce_loss(head(features), head(targets), self.align_temperature, chunk_size=chunk_size)
+            loss = infonce_loss(head(features), head(targets), self.align_temperature, ignored, chunk_size)
+            if ignored is not None:
+                share = (~ignored).float().mean(-1)  # of the positions, which are candidates: that of each row
+                loss = loss - share.log().mean(-1)
+            return loss
         if self.align_loss == "contrast":
             projected = [head(each) for each in (features, targets, *wrong_targets)]
             return token_contrast_loss(*projected, self.align_temperature)
@@ -224,10 +254,10 @@ class EditingBranches(nn.Module):
         # 2. The editing branch. Some versions of PyTorch would give it what autocast has copied without gradients
         torch.clear_autocast_cache()
         output = self.transformer(**condition, **source, **self._tokens(batch), return_features=self.align_blocks)
-        losses = []
+        losses, ignored = [], self._neighbours(batch)
         for head, *features in zip(self.heads, output.features, *targets, strict=True):
             positions = batch["align_positions"].unsqueeze(-1).expand(-1, -1, features[0].shape[-1])
-            losses.append(self._align(head, *(each.gather(1, positions) for each in features)))
+            losses.append(self._align(head, ignored, *(each.gather(1, positions) for each in features)))
         return output.sample, torch.stack(losses).mean(0)
 
 
