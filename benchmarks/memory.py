@@ -130,7 +130,7 @@ def stage_bytes(preset: Preset, tiled: bool) -> dict[str, int]:
         return vae.decode(torch.empty(1, preset.channels, *preset.latent_size, dtype=dtype))
 
     def text(encoder: nn.Module) -> object:
-        return encoder(torch.zeros(1, preset.num_text, dtype=torch.int64))
+        return encoder(torch.zeros(2, preset.num_text, dtype=torch.int64))  # with the negative prompt
 
     text_encoder, mllm, transformer, encoder, decoder = build_parts(
         preset, "text_encoder", "mllm", "transformer", "vae", "vae"

@@ -123,7 +123,7 @@ FREE_TO_CHANGE = set(
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
-        says_it = action.default in (None, False) or "default: " in action.help
+        says_it = action.default is None or action.default is False or "default: " in action.help
         return action.help if says_it else super()._get_help_string(action)
 
 
@@ -262,7 +262,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         " --levels, the twin's, which differs in one word",
     )
     group.add_argument(
-        "--align_ignore_radius", type=int, default=0, help="tokens so many patches away are no negatives of infonce"
+        "--align_ignore_radius",
+        type=int,
+        default=0,
+        help="tokens at most so many patches away are no negatives of infonce",
     )
     group.add_argument("--align_every", type=int, default=1, help="align in every so many steps")
     group.add_argument("--align_warmup_steps", type=int, default=500, help="the weight rises over these steps")

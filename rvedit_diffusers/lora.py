@@ -2,7 +2,7 @@ import os
 from collections.abc import Callable
 
 import torch
-from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook
+from diffusers.hooks.group_offloading import _get_top_level_group_offload_hook  # line 1009
 from diffusers.loaders import CogVideoXLoraLoaderMixin, WanLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME, LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import unwrap_module
@@ -23,8 +23,8 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
     _lora_loadable_modules = ["transformer"]
 
     def _check_nothing_is_on_disk(self) -> None:
-        # diffusers makes the groups again when layers change, and takes the files that are there for those of the new
-        # ones: base weights would be lost without a word.
+        # diffusers makes the groups of all components again when layers change (loaders/peft.py, line 378), and takes
+        # the files that are there for those of the new ones: weights would be lost without a word.
         for name, component in self.components.items():
             hook = _get_top_level_group_offload_hook(component) if isinstance(component, torch.nn.Module) else None
             if hook is not None and hook.config.offload_to_disk_path is not None:

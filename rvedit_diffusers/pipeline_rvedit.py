@@ -384,6 +384,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if do_classifier_free_guidance and negative_prompt_embeds is None:
             negative_prompt = "" if negative_prompt is None else negative_prompt
+            _check_texts("negative_prompt", negative_prompt)
             negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         if prompts or negative_prompts:  # in one pass: offloaded weights are moved once
             text = self._get_t5_prompt_embeds(prompts + negative_prompts, max_sequence_length, device, dtype)
@@ -631,11 +632,13 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 raise ValueError(f"`{name}` has to be an integer of at least 1, got {value!r}.")
         if sigmas is not None:
             levels = sigmas.tolist() if isinstance(sigmas, (np.ndarray, torch.Tensor)) else sigmas
-            are_numbers = isinstance(levels, (list, tuple)) and all(
-                isinstance(level, numbers.Real) for level in levels
-            )
-            if not (are_numbers and levels and len(levels) == num_inference_steps) or not all(
-                high > low for high, low in zip([1 + 1e-6, *levels], [*levels, 0])
+            levels = levels if isinstance(levels, (list, tuple)) else []
+            levels = [level.item() if torch.is_tensor(level) and level.ndim == 0 else level for level in levels]
+            are_numbers = all(isinstance(level, numbers.Real) for level in levels)
+            if (
+                len(levels) != num_inference_steps
+                or not are_numbers
+                or not all(high > low for high, low in zip([1 + 1e-6, *levels], [*levels, 0]))
             ):
                 raise ValueError(
                     f"`sigmas` has to be a list of {num_inference_steps} falling noise levels in (0, 1], one for each"
@@ -1140,7 +1143,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if num_inference_steps is None:
             num_inference_steps = self.config.default_num_inference_steps
-            if isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor)) and np.ndim(sigmas):
+            if isinstance(sigmas, (list, tuple, np.ndarray, torch.Tensor)) and getattr(sigmas, "ndim", 1):
                 num_inference_steps = len(sigmas) or num_inference_steps
         if guidance_scale is None:
             guidance_scale = self.config.default_guidance_scale
@@ -1390,11 +1393,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
 
                     latents = callback_outputs.pop("latents", latents)
-                    # of other tokens, another source or other weights
-                    if (
-                        _marks_of(self.transformer, {k: callback_outputs.get(k, v) for k, v in tokens.items()})
-                        != before
-                    ):
+                    # of other tokens, another source or other weights; changes in place may not be counted
+                    tokens |= {k: v for k, v in callback_outputs.items() if k in tokens}
+                    is_uncounted = torch.is_inference_mode_enabled() and callback_outputs
+                    if is_uncounted or _marks_of(self.transformer, tokens) != before:
                         contexts.clear()
                     source_latents = callback_outputs.pop("source_latents", source_latents)
                     prompt_embeds = callback_outputs.pop("prompt_embeds", prompt_embeds)

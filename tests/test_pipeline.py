@@ -739,11 +739,16 @@ def test_tensors_that_the_callback_changes_in_place_count(shared_pipe, clip, nam
     assert not torch.allclose(changed, edit(shared_pipe, clip), atol=1e-5)
 
 
-def test_an_edit_in_inference_mode_is_the_same(shared_pipe, clip):
-    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_an_edit_in_inference_mode_is_the_same(shared_pipe, clip, change):
+    def callback(pipe, step, timestep, kwargs):
+        kwargs["prompt_embeds"] += change
+        return kwargs
+
+    changes = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     with torch.inference_mode():
-        found = edit(shared_pipe, clip, callback_on_step_end=lambda *args: args[-1], **names)
-    assert torch.equal(found, edit(shared_pipe, clip))
+        found = edit(shared_pipe, clip, **changes)
+    assert torch.equal(found, edit(shared_pipe, clip, **changes))
 
 
 def test_a_transformer_that_the_callback_puts_in_place_is_used_from_then_on(pipe, clip):
@@ -919,7 +924,7 @@ def test_unipc_scheduler_integrates_the_flow(pipe, clip, sigmas):
     torch.testing.assert_close(result, latents, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("sigmas", [None, [1.0, 0.6, 0.1], np.array([0.9, 0.5])])
+@pytest.mark.parametrize("sigmas", [None, [1.0, 0.6, 0.1], np.array([0.9, 0.5]), list(torch.tensor([0.9, 0.5]))])
 def test_every_step_has_a_noise_level_to_remove(pipe, clip, sigmas):
     """The scheduler's own last step, from a noise level of 0.003, would be lost."""
     steps = {"num_inference_steps": 4} if sigmas is None else {"sigmas": sigmas}

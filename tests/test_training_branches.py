@@ -65,7 +65,10 @@ def by_hand(branches, batch, prefix="", source="source_latents"):
         source_hidden_states=batch[source] * keep,
         return_features=branches.align_blocks,
     )
-    features = [torch.stack([row[at] for row, at in zip(rows, batch.get("align_positions", POSITIONS))]) for rows in output.features]
+    features = [
+        torch.stack([row[at] for row, at in zip(rows, batch.get("align_positions", POSITIONS))])
+        for rows in output.features
+    ]
     return output.sample, features
 
 
@@ -600,6 +603,7 @@ def test_a_routing_without_anything_to_connect_is_refused(pipe, routing):
         ({"align_reference_latents": "edited"}, "`align_reference_latents` .*'source'.*'edited'"),
         ({"align_reference_tokens": "mine"}, "`align_reference_tokens` .*'own'.*'mine'"),
         ({"align_negatives": "all"}, "`align_negatives` .*'next'.*'all'"),
+        ({"align_ignore_radius": -1}, "`align_ignore_radius` .*at least 0.*-1"),
         ({"align_loss": "cosine", "align_ignore_radius": 1}, "`align_ignore_radius` .*0.*1"),
         ({"align_loss": "contrast", "align_reference_tokens": "shuffled"}, "`align_reference_tokens` .*'shuffled'"),
     ],

@@ -20,9 +20,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 FEW_SEEDS = 5
 METHOD = (
     "Brackets are 95 % intervals of a bootstrap over seeds and items, paired by seed and item for differences; of"
-    " figures that a run has once, over seeds. `no difference shown` means that the interval includes 0: neither that"
-    " the row is better or worse, nor that it is the same. The intervals are not corrected for the number of rows: of"
-    " twenty rows that do not differ, one is expected to look as if it did."
+    " figures that a run has once, over seeds; where all values or all pairs are the same, of Clopper and Pearson."
+    " `no difference shown` means that the interval includes 0: neither that the row is better or worse, nor that it"
+    " is the same. The intervals are not corrected for the number of rows: of twenty rows that do not differ, one is"
+    " expected to look as if it did."
 )
 UNITS = (
     "Information is the lower bound on what the features of both branches tell about each other, at the end of"

@@ -126,6 +126,8 @@ class EditingBranches(nn.Module):
                 "`align_reference_tokens` has to be 'own' where `align_loss` is 'contrast', which tells them from"
                 f" others, but is {align_reference_tokens!r}"
             )
+        if align_ignore_radius < 0:
+            raise ValueError(f"`align_ignore_radius` has to be at least 0, but is {align_ignore_radius}")
         if align_ignore_radius and align_loss != "infonce":
             raise ValueError(
                 "`align_ignore_radius` has to be 0 where `align_loss` is not 'infonce', which alone has other tokens"
@@ -164,16 +166,17 @@ class EditingBranches(nn.Module):
         at = batch["align_positions"]
         are_near = ~torch.eye(at.shape[1], dtype=torch.bool, device=at.device).expand(len(at), -1, -1)
         for place in (at // (num_rows * num_columns), at // num_columns % num_rows, at % num_columns):
+            place = place.to(torch.int16)  # the differences are as many as the tokens squared
             are_near = are_near & ((place[:, :, None] - place[:, None]).abs() <= self.align_ignore_radius)
         return are_near
 
     def _align(
         self,
         head: AlignmentHead,
-        ignored: torch.Tensor | None,
         features: torch.Tensor,
         targets: torch.Tensor,
         *wrong_targets: torch.Tensor,
+        ignored: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if self.align_loss == "infonce":
             chunk_size = ROWS_AT_ONCE if features.shape[1] > ROWS_AT_ONCE else None
@@ -257,7 +260,7 @@ class EditingBranches(nn.Module):
         losses, ignored = [], self._neighbours(batch)
         for head, *features in zip(self.heads, output.features, *targets, strict=True):
             positions = batch["align_positions"].unsqueeze(-1).expand(-1, -1, features[0].shape[-1])
-            losses.append(self._align(head, ignored, *(each.gather(1, positions) for each in features)))
+            losses.append(self._align(head, *(each.gather(1, positions) for each in features), ignored=ignored))
         return output.sample, torch.stack(losses).mean(0)
 
 
