@@ -1,5 +1,6 @@
 """What the documents show is run: Python as it stands, in order; of shell lines, that target or options exist."""
 
+import math
 import re
 import runpy
 import shlex
@@ -96,18 +97,16 @@ def test_tables_of_an_ablation_are_those_of_its_runs(page):
 
 
 def test_figures_of_the_ablation_are_those_of_its_runs():
-    ablation = Ablation(list(read_outcomes(ROOT / "docs" / "ablation_trained_text.json").values()), "uniform")
-
-    def points(row):
-        return [f"{100 * value:.1f}" for value in ablation.difference(row, "uniform", SUCCESS, MEAN_LEVELS)]
-
-    mean, low, high = points("routed")
-    behind = f"is {mean.removeprefix('-')} points behind ({high.removeprefix('-')} to {low.removeprefix('-')};"
-    (of_aligned, *aligned), (of_edit, *edit) = points("uniform-source"), points("edit-only")
+    ablation = Ablation(list(read_outcomes(ROOT / "docs" / "ablation.json").values()), "uniform")
     text = " ".join((ROOT / "README.md").read_text().split())
-    assert behind in text
-    assert f"({of_aligned} points for the one that reads everything, from {' to '.join(aligned)})" in text
-    assert f"({of_edit} points, from {' to '.join(edit)}, two seeds)" in text
+    for row in ("routed", "reversed", "routed-source"):
+        share = ablation.figure(row, SUCCESS, MEAN_LEVELS).mean
+        mean, low, high = (f"{100 * value:.1f}" for value in ablation.difference(row, "uniform", SUCCESS, MEAN_LEVELS))
+        assert f" {100 * share:.1f} % ({mean} points, from {low} to {high}" in text
+    assert f" {100 * ablation.figure('uniform', SUCCESS, MEAN_LEVELS).mean:.1f} % of the items of L2 to L6" in text
+    nats = ablation.figure("routed-source", "information_nats").mean
+    ceiling = math.log(ablation.runs["routed-source"][0].settings["train"]["align_tokens"])
+    assert f"({nats:.2f} nats of at most {ceiling:.2f})" in text
 
 
 def test_no_other_shell_lines():

@@ -44,7 +44,7 @@ def main() -> None:
         freq_dim=128,
         ffn_dim=3 * distiller.config.dim,
         num_layers=6,
-        # docs/ablation.md: at this size what reads everything edits best
+        # docs/ablation.md: at this size no routing edits better
         shallow_tokens=TOKEN_STREAMS,
         deep_tokens=TOKEN_STREAMS,
         rope_max_seq_len=256,
