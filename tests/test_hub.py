@@ -568,7 +568,7 @@ def test_a_training_uploads_its_pipeline_and_beside_it_its_lora_weights(server, 
     files = {**read_tree(folder), **{f"lora/{name}": data for name, data in read_tree(tmp_path / "lora").items()}}
     assert server.files(NAME) == files | {".gitattributes": b""}
     train.make_repository(args)
-    pipe = RVEDiTPipeline.from_pretrained(NAME)
+    pipe = RVEDiTPipeline.from_pretrained(folder)
     pipe.load_lora_weights(NAME, subfolder="lora")  # as the model card shows
     assert pipe.get_active_adapters() == ["default_0"]
 
