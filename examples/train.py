@@ -315,7 +315,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     least |= dict.fromkeys(("validation_steps", "num_validation_pairs", "num_validation_edits", "num_workers"), 0)
     least |= dict.fromkeys(("distill_steps", "distill_substeps"), 1)
     least |= dict.fromkeys(("lr_warmup_steps", "max_grad_norm", "weight_decay", "edit_weight", "align_weight"), 0)
-    least |= {"align_ignore_radius": 0}
+    least |= dict.fromkeys(["align_ignore_radius"], 0)
     for name, bound in least.items():
         if getattr(args, name) is not None and not getattr(args, name) >= bound:
             parser.error(f"--{name} has to be at least {bound}, but is {getattr(args, name)}")

@@ -547,6 +547,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             self.distiller._hf_hook.post_forward(self.distiller, None)
         return results
 
+    def _offload(self, *models: torch.nn.Module | None) -> None:
+        # Model offload: a model that runs moves but the one before it, and others would stay beside the transformer
+        for hook in getattr(self, "_all_hooks", ()):
+            if any(hook.model is model for model in models):
+                hook.offload()
+
     def _max_frames(self) -> int | None:
         # The longest clip that the transformer has positions for.
         if self.transformer is None:
@@ -1263,9 +1269,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if has_null and visual_embeds is not None and negative_visual_embeds is None:
             negative_visual_embeds = torch.zeros_like(visual_embeds)
 
-        for hook in getattr(self, "_all_hooks", ()):  # model offload: a model that runs moves but the one before it
-            if hook.model is self.text_encoder or hook.model is self.mllm:
-                hook.offload()
+        self._offload(self.text_encoder, self.mllm)
 
         # 6. Give every sample its rows
         embeds = (prompt_embeds, negative_prompt_embeds, edit_embeds, negative_edit_embeds)
@@ -1299,9 +1303,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         latents, source_latents = self.prepare_latents(
             source_video, latents_shape, torch.float32, device, generator, latents
         )
-        for hook in getattr(self, "_all_hooks", ()):
-            if hook.model is self.vae:  # which is there to encode, and would stay beside the transformer
-                hook.offload()
+        self._offload(self.vae)  # which was there to encode
         copy_latents = source_latents if keep_detail and output_type != "latent" else None
         if source_latents is not None:
             source_latents = _repeat(source_latents.to(dtype), num_outputs)

@@ -40,6 +40,11 @@ def figure(name: str, mean: float | None, resampled: np.ndarray | None) -> dict[
     return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
 
+def _unseen_share(count: int) -> float:
+    # The largest share of which that none is among `count` says nothing, by Clopper and Pearson
+    return 1 - (INTERVAL[0] / 100) ** (1 / count)
+
+
 def share_figures(name: str, values: np.ndarray) -> dict[str, float]:
     """The 95 % interval of Clopper and Pearson for one of `SHARES` if all its values are 0 or all are 1, else nothing.
 
@@ -47,7 +52,7 @@ def share_figures(name: str, values: np.ndarray) -> dict[str, float]:
     """
     if name not in SHARES or not values.size or values.min() != values.max() or values[0] not in (0, 1):
         return {}
-    reach = 1 - (INTERVAL[0] / 100) ** (1 / values.size)
+    reach = _unseen_share(values.size)
     low, high = (0.0, reach) if values[0] == 0 else (1 - reach, 1.0)
     return {f"{name}_low": low, f"{name}_high": high}
 
@@ -57,7 +62,7 @@ def difference_figures(name: str, values: np.ndarray) -> dict[str, float]:
     that might be others, as many as [`share_figures`] allows, were as far off as they can be."""
     if name not in SHARES or not values.size or values.min() != values.max():
         return {}
-    value, reach = float(values[0]), 1 - (INTERVAL[0] / 100) ** (1 / values.size)
+    value, reach = float(values[0]), _unseen_share(values.size)
     return {f"{name}_low": value - reach * (1 + value), f"{name}_high": value + reach * (1 - value)}
 
 
