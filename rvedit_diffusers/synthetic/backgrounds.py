@@ -57,21 +57,21 @@ def load_photo(name: str) -> Image.Image:
     return photo.resize([round(side * factor) for side in photo.size], Image.Resampling.LANCZOS)
 
 
-def render_photo(rng: np.random.Generator, num_frames: int, height: int, width: int, photos) -> np.ndarray:
+def render_photo(rng, num_frames: int, height: int, width: int, photos: tuple[str, ...], pace: float) -> np.ndarray:
     """Pan and zoom over a photograph, mirrored or tinted at random. `(frames, height, width, 3)` in [0, 1]."""
     photo = load_photo(photos[rng.integers(len(photos))])
     if rng.random() < 0.5:
         photo = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     largest = min(photo.width / width, photo.height / height)
-    zoom = largest * rng.uniform(0.35, 1.0) * np.linspace(1.0, rng.uniform(0.88, 1.0), num_frames)
+    zoom = largest * rng.uniform(0.35, 1.0) * np.linspace(1.0, 1.0 + (rng.uniform(0.88, 1.0) - 1.0) * pace, num_frames)
     room = np.array([photo.width - zoom.max() * width, photo.height - zoom.max() * height])
     start = rng.uniform(0.0, 1.0, 2) * room
-    # at most a tenth of the view over the clip
+    # at most a tenth of the view
     end = np.clip(start + rng.uniform(-0.1, 0.1, 2) * zoom[0] * np.array([width, height]), 0.0, room)
     frames = []
     for index in range(num_frames):
         # rounding may not leave the picture
-        left, top = np.maximum(start + (end - start) * index / max(num_frames - 1, 1), 0.0)
+        left, top = np.maximum(start + (end - start) * pace * index / max(num_frames - 1, 1), 0.0)
         box = (left, top, min(left + zoom[index] * width, photo.width), min(top + zoom[index] * height, photo.height))
         frames.append(np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC, box=box)))
     clip = np.stack(frames).astype(np.float32) / 255.0
@@ -79,10 +79,10 @@ def render_photo(rng: np.random.Generator, num_frames: int, height: int, width: 
     return np.clip(clip * gain.astype(np.float32), 0.0, 1.0)
 
 
-def render_texture(rng: np.random.Generator, num_frames: int, height: int, width: int) -> np.ndarray:
+def render_texture(rng: np.random.Generator, num_frames: int, height: int, width: int, pace: float) -> np.ndarray:
     """Drifting sums of plane waves in two colours. Returns `(frames, height, width, 3)` in [0, 1]."""
     y, x = np.meshgrid(np.arange(height) / height, np.arange(width) / width, indexing="ij")
-    time = np.linspace(0.0, 1.0, num_frames)[:, None, None]
+    time = np.linspace(0.0, pace, num_frames)[:, None, None]
     field = np.zeros((num_frames, height, width))
     for _ in range(rng.integers(1, 5)):
         angle, frequency = rng.uniform(0.0, np.pi), rng.uniform(1.0, 7.0)
@@ -94,10 +94,10 @@ def render_texture(rng: np.random.Generator, num_frames: int, height: int, width
     return mix_colours(rng, field)
 
 
-def render_gradient(rng: np.random.Generator, num_frames: int, height: int, width: int) -> np.ndarray:
+def render_gradient(rng: np.random.Generator, num_frames: int, height: int, width: int, pace: float) -> np.ndarray:
     """A linear blend of two colours, slowly turning. Returns `(frames, height, width, 3)` in [0, 1]."""
     y, x = np.meshgrid(np.linspace(-0.5, 0.5, height), np.linspace(-0.5, 0.5, width), indexing="ij")
-    angle = rng.uniform(0.0, 2 * np.pi) + np.linspace(0.0, rng.uniform(-0.6, 0.6), num_frames)[:, None, None]
+    angle = rng.uniform(0.0, 2 * np.pi) + np.linspace(0.0, rng.uniform(-0.6, 0.6) * pace, num_frames)[:, None, None]
     field = np.clip(0.5 + (np.cos(angle) * x + np.sin(angle) * y) * rng.uniform(0.6, 1.2), 0.0, 1.0)
     return mix_colours(rng, field)
 
@@ -121,7 +121,13 @@ def mix_colours(rng: np.random.Generator, field: np.ndarray) -> np.ndarray:
 
 
 def render_background(
-    kind: str, seed: int, num_frames: int, height: int, width: int, photos: tuple[str, ...] = TRAIN_PHOTOS
+    kind: str,
+    seed: int,
+    num_frames: int,
+    height: int,
+    width: int,
+    photos: tuple[str, ...] = TRAIN_PHOTOS,
+    pace: float = 1.0,
 ) -> np.ndarray:
     """Render a background that is a function of its arguments alone.
 
@@ -130,17 +136,18 @@ def render_background(
         seed (`int`): Chooses picture, path and colours.
         num_frames, height, width (`int`): The clip, in frames and pixels.
         photos (`tuple[str, ...]`): The photographs that a `photo` background may show.
+        pace (`float`, defaults to 1.0): The share of its way that it moves over the clip, in [0, 1].
 
     Returns:
         `np.ndarray` of shape `(num_frames, height, width, 3)`, float32 in [0, 1].
     """
     rng = np.random.default_rng(seed)
     if kind == "photo":
-        return render_photo(rng, num_frames, height, width, photos)
+        return render_photo(rng, num_frames, height, width, photos, pace)
     if kind == "texture":
-        return render_texture(rng, num_frames, height, width)
+        return render_texture(rng, num_frames, height, width, pace)
     if kind == "gradient":
-        return render_gradient(rng, num_frames, height, width)
+        return render_gradient(rng, num_frames, height, width, pace)
     if kind in WALLS:
         return render_wall(kind, num_frames, height, width)
     raise ValueError(f"`kind` of background has to be one of {BACKGROUNDS + WALLS}, but is {kind!r}")

@@ -22,7 +22,7 @@ TEMPLATES = {
     "bright": ("make the video brighter", "brighten the whole video", "give the video a bright look"),
     "dark": ("make the video darker", "darken the whole video", "give the video a dark look"),
 }
-DRAWN = 2  # version of what a seed draws, to be raised when scenes, edits or their rendering change
+DRAWN = 3  # version of what a seed draws, to be raised when scenes, edits or their rendering change
 DEMO_SEED = 2_000_071
 RELATION_SHARE = 0.3  # of the instructions, where a relation names the object at all
 MARGIN = 0.12  # of the width: the lead of the leftmost object in every frame, and the least way of a moving one

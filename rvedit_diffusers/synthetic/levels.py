@@ -20,7 +20,7 @@ TRAIN_LEVELS = LEVELS[:-1]
 SPLITS = {"train": TRAIN_PHOTOS, "test": TEST_PHOTOS}
 # Operations that only OOD has together; alone and in other company they are in training.
 HELD_OUT_PAIRS = (("recolour", "move"), ("remove", "resize"), ("replace", "grade"), ("add", "stylise"))
-DRAWN = 3  # version of what a seed draws, to be raised when levels, wordings or their rendering change
+DRAWN = 4  # version of what a seed draws, to be raised when levels, wordings or their rendering change
 CATEGORY_WEIGHTS = (0.4, 0.3, 0.3)  # of phrases by looks, by comparison and by relation, where there are such
 NUM_WORDINGS = 6  # a multiple of the number of templates of each operation
 # Tries for an item: plans, scenes for each, and drafts of an edit for each. Some plans seldom find room in a scene.

@@ -22,6 +22,7 @@ AREAS = {"circle": 3.14, "square": 2.82, "triangle": 1.62, "diamond": 2.76, "sta
 OUTLINE_WIDTH = 0.06  # as a share of the shorter side
 SIZES = {"small": 0.11, "medium": 0.15, "large": 0.20}  # radius as a share of the shorter side
 MOTIONS = ("static", "linear", "bounce", "orbit")
+WAY = 17  # frames in which things go all of their way; a clip of fewer frames shows its beginning
 GRADES = ("grey", "warm", "cold", "bright", "dark")
 STYLES = ("sketch", "poster", "mosaic", "negative")
 
@@ -56,8 +57,9 @@ class SceneObject:
 class Scene:
     """A background, objects from back to front, and a colour grade and a style over all.
 
-    `seed` and `background` fix the background; `photos` says which photographs it may show; `grade` is `None` or one
-    of `GRADES`; `style`, applied last, is `None` or one of `STYLES`. `render` depends on these fields alone, so an
+    `seed` and `background` fix the background; `photos` says which photographs it may show; `pace` is the share of its
+    way that it moves over the clip; `grade` is `None` or one of `GRADES`; `style`, applied last, is `None` or one of
+    `STYLES`. `render` depends on these fields alone, so an
     edited scene renders to the exact target.
     """
 
@@ -70,6 +72,7 @@ class Scene:
     photos: tuple[str, ...] = TRAIN_PHOTOS
     grade: str | None = None
     style: str | None = None
+    pace: float = 1.0
 
     def with_object(self, index: int, new: SceneObject | None) -> "Scene":
         """The scene with object `index` exchanged for `new`, or without it when `new` is `None`."""
@@ -85,8 +88,8 @@ def caption(scene: Scene) -> str:
     return f"{listed or 'nothing'} over a {scene.background}"
 
 
-def sample_path(rng: np.random.Generator, motion: str, num_frames: int, radius: float) -> np.ndarray:
-    time = np.linspace(0.0, 1.0, num_frames)[:, None]
+def sample_path(rng: np.random.Generator, motion: str, num_frames: int, radius: float, pace: float) -> np.ndarray:
+    time = np.linspace(0.0, pace, num_frames)[:, None]
     low, high = radius * 0.9, 1.0 - radius * 0.9
     start = rng.uniform(low, high, 2)
     if motion == "static":
@@ -115,6 +118,9 @@ def sample_scene(
 ) -> Scene:
     """Draw a scene: 2 to 4 objects, no two alike, mostly apart from one another, over a random background.
 
+    What moves goes all of its way in 17 frames, or in as many as there are if there are more: so that a frame to the
+    next is no larger step in a short clip.
+
     Args:
         rng (`np.random.Generator`): The source of every choice.
         num_frames, height, width (`int`): The clip, in frames and pixels.
@@ -123,11 +129,12 @@ def sample_scene(
     """
     objects: list[SceneObject] = []
     wanted = int(rng.integers(num_objects[0], num_objects[1] + 1))
+    pace = min(1.0, (num_frames - 1) / (WAY - 1))
     for _ in range(60):
         if len(objects) == wanted:
             break
         size, motion = list(SIZES)[rng.integers(len(SIZES))], MOTIONS[rng.integers(len(MOTIONS))]
-        path = sample_path(rng, motion, num_frames, SIZES[size])
+        path = sample_path(rng, motion, num_frames, SIZES[size], pace)
         shape, colour = SHAPES[rng.integers(len(SHAPES))], list(COLOURS)[rng.integers(len(COLOURS))]
         if any((other.shape, other.colour) == (shape, colour) for other in objects):
             continue
@@ -140,7 +147,8 @@ def sample_scene(
             continue
         objects.append(SceneObject(shape, colour, size, motion, tuple(map(tuple, path.tolist()))))
     background = BACKGROUNDS[rng.choice(3, p=[0.6, 0.25, 0.15])]
-    return Scene(num_frames, height, width, background, int(rng.integers(2**31)), tuple(objects), photos)
+    seed = int(rng.integers(2**31))
+    return Scene(num_frames, height, width, background, seed, tuple(objects), photos, pace=pace)
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
@@ -256,7 +264,8 @@ def stylise_frames(frames: np.ndarray, style: str | None) -> np.ndarray:
 
 def scene_background(scene: Scene) -> np.ndarray:
     """What a scene shows behind its objects, `(num_frames, height, width, 3)` float32 in [0, 1], without its grade."""
-    return render_background(scene.background, scene.seed, scene.num_frames, scene.height, scene.width, scene.photos)
+    size = (scene.num_frames, scene.height, scene.width)
+    return render_background(scene.background, scene.seed, *size, scene.photos, scene.pace)
 
 
 def render(scene: Scene, background: np.ndarray | None = None) -> np.ndarray:
