@@ -73,7 +73,7 @@ class RVEDiTContext(NamedTuple):
         rotary_emb (`tuple[torch.Tensor, torch.Tensor]`): Cosines and sines of the latent grid.
         blocks (`tuple[ContextStates, ...]`): What the cross-attention of each block reads.
         source_patches (`torch.Tensor` of shape `(batch, dim, num_frames, height, width)`, *optional*):
-            The embedded source, in patches.
+            The embedded source, in patches, with the places of the patches.
     """
 
     rotary_emb: tuple[torch.Tensor, torch.Tensor]
@@ -284,6 +284,36 @@ class RVEDiTRotaryPosEmbed(WanRotaryPosEmbed):
         return freqs_cos, freqs_sin, visual_cos, visual_sin
 
 
+class RVEDiTPositionEmbed(nn.Module):
+    """
+    Where in the frame a patch is, for instructions that name a place: RoPE tells distances between patches alone.
+
+    Sines and cosines of the patch centre's row and column, as shares of the frame, so that clips of other sizes have
+    the same places; through a linear layer that starts at zero. Wan, which is large enough to find the frame's edges
+    by itself, has none.
+    """
+
+    def __init__(self, num_freqs: int, dim: int):
+        super().__init__()
+        self.num_freqs = num_freqs
+        self.proj = nn.Linear(4 * num_freqs, dim, bias=False)
+        nn.init.zeros_(self.proj.weight)
+
+    def forward(self, hidden_states: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
+        """Embeddings of shape `(1, dim, *grid)`, on the device and in the dtype of `hidden_states`."""
+        num_frames, height, width = grid
+        device = hidden_states.device
+        freqs = math.pi * 2.0 ** torch.arange(self.num_freqs, device=device)
+        rows, columns = (
+            ((torch.arange(size, device=device) + 0.5) / size)[:, None] * freqs for size in (height, width)
+        )
+        angles = torch.cat(
+            (rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)), dim=-1
+        )  # (height, width, 2 * num_freqs)
+        places = self.proj(torch.cat((angles.sin(), angles.cos()), dim=-1).to(hidden_states.dtype))
+        return places.permute(2, 0, 1)[None, :, None].expand(-1, -1, num_frames, -1, -1)
+
+
 class RVEDiTTransformerBlock(nn.Module):
     """
     A Wan block whose cross-attention reads only the token streams named in `tokens`.
@@ -456,14 +486,23 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             Streams of the shallow blocks: one or more of `"edit"`, `"text"`, `"visual"`.
         deep_tokens (`tuple[str, ...]`, defaults to `("text", "visual")`):
             Streams of the other blocks.
+        num_position_freqs (`int`, defaults to `0`):
+            Frequencies, in octaves from one half wave a frame, by which a patch knows its place in the frame. `0`:
+            only how far it is from others, as Wan.
 
     Raises:
-        `ValueError`: if a routing is empty or names an unknown stream, or `num_shallow_blocks` or `qk_norm` is out of
-            range.
+        `ValueError`: if a routing is empty or names an unknown stream, or `num_shallow_blocks`, `qk_norm` or
+            `num_position_freqs` is out of range.
     """
 
     _supports_gradient_checkpointing = True
-    _skip_layerwise_casting_patterns = ["patch_embedding", "source_embedding", "condition_embedder", "norm"]
+    _skip_layerwise_casting_patterns = [
+        "patch_embedding",
+        "source_embedding",
+        "position_embedding",
+        "condition_embedder",
+        "norm",
+    ]
     _no_split_modules = ["RVEDiTTransformerBlock"]
     _keep_in_fp32_modules = ["rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"]
     _repeated_blocks = ["RVEDiTTransformerBlock"]
@@ -490,6 +529,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         num_shallow_blocks: int | None = None,
         shallow_tokens: tuple[str, ...] = ("edit",),
         deep_tokens: tuple[str, ...] = ("text", "visual"),
+        num_position_freqs: int = 0,
     ) -> None:
         super().__init__()
 
@@ -507,6 +547,9 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"`qk_norm` has to be 'rms_norm_across_heads', got {qk_norm!r}.")
 
+        if num_position_freqs < 0:
+            raise ValueError(f"`num_position_freqs` has to be at least 0, got {num_position_freqs}.")
+
         inner_dim = num_attention_heads * attention_head_dim
         out_channels = out_channels or in_channels
 
@@ -519,6 +562,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
                 source_channels, inner_dim, kernel_size=patch_size, stride=patch_size, bias=False
             )
             nn.init.zeros_(self.source_embedding.weight)
+        self.position_embedding = RVEDiTPositionEmbed(num_position_freqs, inner_dim) if num_position_freqs else None
 
         # 2. Timestep & text embedding
         self.condition_embedder = WanTimeTextImageEmbedding(
@@ -568,6 +612,17 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         has_visual = visual_hidden_states is not None
         cos, sin, visual_cos, visual_sin = self.rope(hidden_states, visual_positions if has_visual else None)
         return (cos, sin), (visual_cos, visual_sin) if has_visual else None
+
+    def _embed_source(
+        self, hidden_states: torch.Tensor, source_hidden_states: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What is added to the patches of the noisy latents: the source's, and where they are."""
+        patches = None if source_hidden_states is None else self.source_embedding(source_hidden_states)
+        if self.position_embedding is None:
+            return patches
+        grid = tuple(size // patch for size, patch in zip(hidden_states.shape[2:], self.config.patch_size))
+        places = self.position_embedding(hidden_states, grid)
+        return places if patches is None else patches + places
 
     @apply_forward_hook
     @apply_lora_scale("attention_kwargs")
@@ -627,7 +682,7 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             device, (edit_hidden_states, visual_hidden_states, visual_positions, source_hidden_states)
         )
         rotary_emb, visual_rotary_emb = self._rotate(hidden_states, visual_hidden_states, visual_positions)
-        source_patches = None if source_hidden_states is None else self.source_embedding(source_hidden_states)
+        source_patches = self._embed_source(hidden_states, source_hidden_states)
         if encoder_hidden_states is not None:
             encoder_hidden_states = self.condition_embedder.text_embedder(encoder_hidden_states)
         if edit_hidden_states is not None and self.edit_bias is not None:
@@ -731,10 +786,11 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         # 2. Patches of the noisy and of the source latents
         patches = self.patch_embedding(hidden_states)
         if context is not None:
-            if context.source_patches is not None:
-                patches = patches + context.source_patches
-        elif source_hidden_states is not None:
-            patches = patches + self.source_embedding(source_hidden_states)
+            source_patches = context.source_patches
+        else:
+            source_patches = self._embed_source(hidden_states, source_hidden_states)
+        if source_patches is not None:
+            patches = patches + source_patches
         hidden_states = patches.flatten(2).transpose(1, 2).contiguous()  # (batch, seq, dim)
 
         # 3. Timestep and text. The embedder takes both: without text it gets one token, as some kernels take no empty

@@ -42,7 +42,7 @@ def seed():
 
 def make_model(**kwargs):
     """A tiny model whose zero-initialised layers are not zero, so that every path reaches the output."""
-    model = RVEDiTTransformer3DModel(**{**CONFIG, **kwargs})
+    model = RVEDiTTransformer3DModel(**{**CONFIG, "num_position_freqs": 2, **kwargs})
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.2)
@@ -173,6 +173,37 @@ def test_deep_block_of_converted_base_starts_as_the_base():
         tuple(full_rope(half) for half in inputs["rotary_emb"]),
     )
     assert torch.equal(model.blocks[DEEP](**inputs), expected)
+
+
+def test_place_in_the_frame_starts_at_zero_and_learns():
+    plain, placed = RVEDiTTransformer3DModel(**CONFIG), RVEDiTTransformer3DModel(**CONFIG, num_position_freqs=3)
+    placed.load_state_dict(plain.state_dict(), strict=False)
+    inputs = make_inputs()
+    sample = placed(**inputs).sample
+    assert torch.equal(sample, plain(**inputs).sample)
+    sample.square().mean().backward()
+    assert placed.position_embedding.proj.weight.grad.any(dim=0).all()  # of every sine and cosine
+
+
+@torch.no_grad()
+def test_patches_know_their_place_in_frames_of_any_size():
+    embed = make_model().position_embedding
+    latents = torch.empty(2, 4, 2, 6, 10)
+    small, large = embed(latents, (2, 3, 5)), embed(latents, (1, 9, 15))
+    assert small.shape == (1, DIM, 2, 3, 5)
+    assert torch.equal(small[:, :, 0], small[:, :, 1])
+    # the centre of a patch of the small grid is that of the middle one of its nine in the large one
+    torch.testing.assert_close(small[:, :, 0], large[:, :, 0, 1::3, 1::3], atol=1e-5, rtol=1e-5)
+    assert len(small[0, :, 0].flatten(1).T.unique(dim=0)) == 15
+    # row 1 of 3 is the middle: half a wave has sine 1 and cosine 0 there, a whole one 0 and -1
+    weight = embed.proj.weight
+    middle = weight @ torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0, -1.0, 0.0, -1.0])
+    torch.testing.assert_close(small[0, :, 0, 1, 2], middle, atol=1e-5, rtol=1e-5)
+
+
+def test_negative_position_freqs_are_refused():
+    with pytest.raises(ValueError, match="`num_position_freqs` has to be at least 0, got -1"):
+        RVEDiTTransformer3DModel(**CONFIG, num_position_freqs=-1)
 
 
 def test_visual_tokens_learn_from_the_zero_start():

@@ -48,6 +48,7 @@ def main() -> None:
         shallow_tokens=TOKEN_STREAMS,
         deep_tokens=TOKEN_STREAMS,
         rope_max_seq_len=256,
+        num_position_freqs=4,  # down to a wave of two of the eight patches of a side
     )
     # the velocity starts at zero
     torch.nn.init.zeros_(transformer.proj_out.weight)
