@@ -84,7 +84,7 @@ def test_formulas_hold_for_other_sizes(changes):
 
 
 def test_all_calls_compute_with_the_same_inputs():
-    args = inference.parse_args(TINY)
+    args = inference.parse_args([*TINY, "--dtype", "float32"])
     with torch.no_grad():
         _, calls = inference.build_calls(args)
         torch.testing.assert_close(calls["ours"]().sample, calls["ours, context in each call"]().sample)

@@ -52,7 +52,7 @@ def test_what_is_gone_leaves_no_detail_behind():
 
 
 def test_detail_that_an_edit_takes_away_is_not_put_back():
-    edits = SyntheticEdits(3, num_frames=2, height=192, width=192, operations=("grade",))
+    edits = SyntheticEdits(4, num_frames=2, height=192, width=192, operations=("grade",))
     for index in range(4):
         source = edits[index].source_frames
         tiles = F.avg_pool2d(to_tensor(source), 16)

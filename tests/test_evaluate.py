@@ -397,7 +397,12 @@ def test_a_full_gpu_is_told_with_what_helps(run, model, tmp_path, monkeypatch, c
 def test_offloaded_parts_score_the_same(run, copied, model, tmp_path, offload):
     run(f"--model={model}", f"--output={tmp_path / 'new'}", *LEVELS, f"--offload={offload}")
     found, expected = (json.loads((folder / "results.json").read_text()) for folder in (tmp_path / "new", copied))
-    assert found == expected
+    assert found["settings"] == expected["settings"] and list(found["levels"]) == list(expected["levels"])
+    for name, row in found["levels"].items():  # copied weights may lie where a CPU sums in another order
+        for key, value in row.items():
+            is_number = isinstance(value, float)
+            wanted = expected["levels"][name][key]
+            assert value == (pytest.approx(wanted, rel=1e-3) if is_number else wanted), (name, key)
 
 
 @pytest.fixture(scope="module")
@@ -406,7 +411,7 @@ def guard_rows(tmp_path_factory):
     found = {}
     for name in evaluate.GUARD_ROWS:
         folder = tmp_path_factory.mktemp(name)
-        options = ["--levels=L1,L2", "--num_samples=6"]
+        options = ["--levels=L1,L2", "--num_samples=10"]
         evaluate.main(["--device=cpu", f"--model={name}", f"--output={folder}", *options])
         found[name] = results(folder)
     PartialState._reset_state()

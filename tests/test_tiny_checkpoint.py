@@ -83,7 +83,7 @@ def edges(frames):
 )
 @pytest.mark.parametrize("photo", TEST_PHOTOS)
 def test_a_large_photograph_is_graded_and_keeps_its_structure(tiny, photo, prompt, is_done):
-    clip = render_photo(np.random.default_rng(0), 5, 180, 240, (photo,))
+    clip = render_photo(np.random.default_rng(0), 5, 180, 240, (photo,), pace=1.0)
     source = (clip * 255).round().astype(np.uint8)
     edited = edit(tiny, source, prompt)
     assert edited.shape == source.shape and is_done(source, edited)
