@@ -182,7 +182,7 @@ def fill_model_card(
         licence (`dict[str, str]`): `license`, and for `other` also `license_name` and `license_link`.
         base_models (`list[str]`, *optional*), relation (`str`, *optional*): Ids on the Hub, and what it is to them.
         scores (`dict[str, dict]`, *optional*): What `examples/evaluate.py` wrote to `results.json`, with the synthetic
-            benchmark: `settings`, with their `seed`, and `levels`.
+            benchmark: `settings`, with their `seed` and `dtype`, and `levels`.
         values: What else the template asks for.
 
     Raises:
@@ -196,6 +196,7 @@ def fill_model_card(
         failures = sum((Counter(row.get("failures", {})) for row in levels.values()), Counter())
         values |= {
             "seed": seed,
+            "dtype": scores["settings"].get("dtype", "float32"),
             "num_samples": next(iter(levels.values()))["n"],
             "scores": markdown_table(SCORE_HEAD, [_score_row(name, row) for name, row in levels.items()]),
             "failures": ", ".join(f"{label} {count}" for label, count in failures.items()) or "none",

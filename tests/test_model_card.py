@@ -280,6 +280,19 @@ def test_the_mean_over_levels_is_a_row_and_no_result_of_the_hub(card):
     assert [result.dataset_config for result in card.data.eval_results] == ["L1", "L0"]
 
 
+@pytest.mark.parametrize(
+    "kind, dtype, command",
+    [
+        ("embedded", "float32", "make score SEED=7 NUM=3"),
+        ("embedded", "bfloat16", "examples/evaluate.py --seed 7 --num_samples 3 --dtype bfloat16"),
+        ("pipeline", "bfloat16", "examples/evaluate.py --seed 7 --num_samples 3 --dtype bfloat16"),
+    ],
+)
+def test_the_command_of_the_scores_computes_in_their_dtype(kind, dtype, command):
+    scores = SCORES | {"settings": {"seed": 7, "dtype": dtype}}
+    assert f"(`{command}`)." in fill_model_card(kind, "a", APACHE, scores=scores)
+
+
 def test_without_scores_none_are_claimed(card):
     card = card()
     assert "model-index" not in card.data.to_dict() and section(card.text, "Scores").strip().startswith("None were")
