@@ -289,8 +289,7 @@ class RVEDiTPositionEmbed(nn.Module):
     Where in the frame a patch is, for instructions that name a place: RoPE tells distances between patches alone.
 
     Sines and cosines of the patch centre's row and column, as shares of the frame, so that clips of other sizes have
-    the same places; through a linear layer that starts at zero. Wan, which is large enough to find the frame's edges
-    by itself, has none.
+    the same places; through a linear layer that starts at zero. Wan has none.
     """
 
     def __init__(self, num_freqs: int, dim: int):
@@ -546,7 +545,6 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
             )
         if qk_norm != "rms_norm_across_heads":
             raise ValueError(f"`qk_norm` has to be 'rms_norm_across_heads', got {qk_norm!r}.")
-
         if num_position_freqs < 0:
             raise ValueError(f"`num_position_freqs` has to be at least 0, got {num_position_freqs}.")
 

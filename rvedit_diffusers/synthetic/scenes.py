@@ -59,8 +59,7 @@ class Scene:
 
     `seed` and `background` fix the background; `photos` says which photographs it may show; `pace` is the share of its
     way that it moves over the clip; `grade` is `None` or one of `GRADES`; `style`, applied last, is `None` or one of
-    `STYLES`. `render` depends on these fields alone, so an
-    edited scene renders to the exact target.
+    `STYLES`. `render` depends on these fields alone, so an edited scene renders to the exact target.
     """
 
     num_frames: int
