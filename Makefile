@@ -35,7 +35,7 @@ score: .venv/installed
 TRAIN := OMP_NUM_THREADS=1 $(RUN)
 tiny: .venv/installed
 	c++ --version > /dev/null
-	$(TRAIN) examples/tiny/train_vae.py --output runs/vae
+	$(TRAIN) -m torch.distributed.run --nproc_per_node $(PROCESSES) examples/tiny/train_vae.py --output runs/vae
 	$(TRAIN) examples/tiny/train_mllm.py --output runs/mllm
 	$(TRAIN) examples/tiny/train_text.py --output runs/text
 	$(TRAIN) examples/tiny/build.py --vae runs/vae/vae --mllm runs/mllm --text runs/text --output runs/init
