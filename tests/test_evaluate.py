@@ -408,7 +408,7 @@ def test_offloaded_parts_score_the_same(run, copied, model, tmp_path, offload):
 
 @pytest.fixture(scope="module")
 def guard_rows(tmp_path_factory):
-    """Results of the guard rows, with the embedded checkpoint's autoencoder, which learned clips of 17 frames."""
+    """Results of the guard rows, with the embedded checkpoint's autoencoder."""
     found = {}
     for name in evaluate.GUARD_ROWS:
         folder = tmp_path_factory.mktemp(name)
