@@ -1,7 +1,11 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 from components import build_pipeline, make_clip
 from torch.backends import cuda
+
+from rvedit_diffusers.training import checkpoint
 
 
 torch.set_num_threads(1)  # tensors this small are slower on more
@@ -15,6 +19,28 @@ def restored_attention_switches():
     yield
     cuda.enable_flash_sdp(flash)
     cuda.allow_fp16_bf16_reduction_math_sdp(reduction)
+
+
+@pytest.fixture
+def stopped_at_the_first_checkpoint():
+    """A context in which a training of `examples/tiny` ends as soon as it has written a checkpoint."""
+
+    class Stop(Exception):
+        pass
+
+    @contextmanager
+    def stopped():
+        plain = checkpoint.save_checkpoint
+
+        def stopping(*arguments):
+            plain(*arguments)
+            raise Stop
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(checkpoint, "save_checkpoint", stopping)
+            yield
+
+    return stopped
 
 
 @pytest.fixture

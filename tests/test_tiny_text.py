@@ -14,7 +14,7 @@ from transformers import UMT5EncoderModel
 from rvedit_diffusers import TINY_CHECKPOINT
 from rvedit_diffusers.synthetic.levels import held_out
 from rvedit_diffusers.synthetic.stage import HELD_OUT_LOOKS
-from rvedit_diffusers.training import checkpoint
+from rvedit_diffusers.training.checkpoint import checkpoints
 
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "tiny" / "train_text.py"
@@ -100,7 +100,7 @@ def test_each_token_has_the_answers_of_its_clause(script):
     assert batch["value"][1, 5].nonzero().flatten().tolist() == [script["VALUE_WORDS"].index("smaller")]
 
 
-def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch, stopped_at_the_first_checkpoint):
     def train(folder, steps):
         options = ["--steps", steps, "--batch_size", 8, "--save_every", 30]
         monkeypatch.setattr(sys, "argv", ["train_text.py", "--output", str(folder), *map(str, options)])
@@ -113,23 +113,10 @@ def test_it_learns_and_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert log[-2]["operation"] < 0.95 * log[0]["operation"] and log[-2]["value"] < 0.97 * log[0]["value"]
     assert {"operation_right", "value_right", "name_right", "part_right"} <= set(log[-1])
 
-    class Stop(Exception):
-        pass
-
-    plain, saved = checkpoint.save_checkpoint, []
-
-    def stopping(*arguments):
-        plain(*arguments)
-        saved.append(arguments[0])
-        raise Stop
-
-    monkeypatch.setattr(checkpoint, "save_checkpoint", stopping)
-    with pytest.raises(Stop):
+    with stopped_at_the_first_checkpoint():
         train(tmp_path / "stopped", 80)
-    assert (tmp_path / "stopped" / "checkpoint-30").is_dir()
-    monkeypatch.setattr(checkpoint, "save_checkpoint", plain)
+    assert [folder.name for folder in checkpoints(tmp_path / "stopped")] == ["checkpoint-30"]
     resumed = train(tmp_path / "stopped", 80)
-    assert len(saved) == 1
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, msg=name)
 

@@ -325,7 +325,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         index = step * accelerator.num_processes + rank
-        torch.manual_seed(index)  # noise is the same whether a training was stopped or not
+        torch.manual_seed(args.seed + index)  # noise is the same whether a training was stopped or not
         clips, edited = (part.to(device) for part in batches[index])
         losses = model(to_range(clips), edited, is_apart=done < apart)
         accelerator.backward(losses["loss"])
