@@ -28,7 +28,7 @@ from tqdm import tqdm
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline
 from rvedit_diffusers.evaluation import PipelineEditor, Task
 from rvedit_diffusers.evaluation.editors import model_name, reconstruct
-from rvedit_diffusers.evaluation.report import difference_figures, figure, resampled_means
+from rvedit_diffusers.evaluation.report import difference_figures, figure, resampled_means, share_figures
 from rvedit_diffusers.synthetic import LEVELS, BenchmarkItem, BenchmarkItems
 from rvedit_diffusers.synthetic.metrics import psnr
 from rvedit_diffusers.synthetic.scoring import Judge, union_success
@@ -146,6 +146,7 @@ def summarize(seconds: dict[str, list[float]], scores: dict[str, np.ndarray]) ->
             "time_ratio": statistics.median(ratios),
             "time_ratios": ratios,
             **figure("union_success", float(success.mean()), resampled_means(success, "quality")),
+            **share_figures("union_success", success),
             **figure("difference", float(difference.mean()), resampled_means(difference, "quality")),
             **{
                 name.replace("union_success", "difference"): value

@@ -328,8 +328,8 @@ def check_instructions(edits: Sequence[PublicEdit], record: ScoreRecord) -> None
 def run_public(args, edits: Sequence[PublicEdit], editor, record: ScoreRecord, state: PartialState) -> None:
     root, scored = args.output / "results", record.entries().keys()
     root.mkdir(exist_ok=True)
-    state.wait_for_everyone()
     pending = [edit for edit in edits if edit.result not in scored or not (root / edit.result).exists()]
+    state.wait_for_everyone()  # all share out the same edits
     mine = pending[state.process_index :: state.num_processes]
     for edit in tqdm(mine, unit="edit", disable=state.process_index > 0):
         if not (root / edit.result).exists():

@@ -285,9 +285,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--checkpoints_total_limit", type=int, help="older ones are removed; default: all are kept")
     group.add_argument("--resume_from_checkpoint", metavar="CHECKPOINT", help="folder, or `latest`")
     group.add_argument("--allow_config_change", action="store_true", help="go on though settings or data differ")
-    group.add_argument("--validation_data", help="pairs to validate on, like --train_data")
     group.add_argument(
-        "--num_validation_pairs", type=int, help="held out of --train_data; default: a tenth, at most 16"
+        "--validation_data", help="pairs to validate on, like --train_data; of a dataset on the Hub its `validation`"
+    )
+    group.add_argument(
+        "--num_validation_pairs",
+        type=int,
+        help="held out of --train_data, all edits of a clip or none; default: a tenth, at most 16",
     )
     group.add_argument("--validation_steps", type=int, default=500, help="steps between two validations; 0: none")
     group.add_argument("--num_validation_edits", type=int, default=4, help="clips that are edited at each validation")
@@ -353,7 +357,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         parser.error(str(error))
     if args.train_data == args.validation_data == "synthetic":
         parser.error("--validation_data synthetic would be what is trained on: without it pairs are held out")
-    if args.train_data == "synthetic" and len(args.buckets) > 1:
+    if "synthetic" in (args.train_data, args.validation_data) and len(args.buckets) > 1:
         parser.error(f"--buckets has to be one for synthetic data, but has {len(args.buckets)}")
     if args.distill_steps is not None and args.stage == "edit":
         check_distillation(parser, args)
@@ -478,30 +482,34 @@ def columns_of(args: argparse.Namespace) -> tuple[str, str, str]:
     return args.source_column, args.edited_column, args.instruction_column
 
 
-def check_table(args: argparse.Namespace, data: str) -> None:
-    read_pairs(data, *columns_of(args), data_root=args.data_root)
+def check_table(args: argparse.Namespace, option: str) -> None:
+    read_pairs(getattr(args, option), *columns_of(args), data_root=args.data_root, option=option)
 
 
-def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
-    """The pairs that `data` names; prints what was kept, trimmed and dropped."""
+def load_pairs(args: argparse.Namespace, option: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
+    """The pairs that `--train_data` or `--validation_data` names; prints what was kept, trimmed and dropped."""
+    data = getattr(args, option)
     for bucket in args.buckets:
         bucket.check(*pixels)
     if data == "synthetic":
         bucket = args.buckets[0]
         size = {"num_frames": bucket.num_frames, "height": bucket.height, "width": bucket.width}
+        count = args.num_pairs
+        if option == "validation_data":
+            count = 16 if args.num_validation_pairs is None else args.num_validation_pairs
         if args.levels is not None:
             items = BenchmarkItems(args.levels, args.data_seed + 20, split="train", kinds=args.kinds, **size)
-            return BenchmarkPairs(items, args.num_pairs, float(args.fps or fps))
+            return BenchmarkPairs(items, count, float(args.fps or fps))
         edits = SyntheticEdits(
             args.data_seed + 20, **size, operations=args.operations, edits_per_scene=args.edits_per_scene
         )
-        return SyntheticPairs(edits, args.num_pairs, float(args.fps or fps), captioned=args.stage == "connect")
-    pairs = read_pairs(data, *columns_of(args), data_root=args.data_root)
+        return SyntheticPairs(edits, count, float(args.fps or fps), captioned=args.stage == "connect")
+    pairs = read_pairs(data, *columns_of(args), data_root=args.data_root, option=option)
     record = args.cache_dir / "files.jsonl"
     plans, dropped = plan_pairs(pairs, args.buckets, args.fps, record=record)
     print(describe_plans(plans, dropped))
     if not plans:
-        raise ValueError(f"{data} has no pair that can be used")
+        raise ValueError(f"--{option} {data} has no pair that can be used")
     if dropped and args.strict:
         raise ValueError(f"--strict, but {len(dropped)} of {len(pairs)} pairs were dropped")
     return FilePairs(plans, record)
@@ -510,11 +518,23 @@ def load_pairs(args: argparse.Namespace, data: str, fps: float, pixels: tuple[in
 def split_pairs(args: argparse.Namespace, pairs: EditPairs, fps: float, pixels: tuple[int, int]) -> list[EditPairs]:
     """Pairs to train on and pairs to validate on, of which there may be none."""
     if args.validation_data is not None:
-        return [pairs, load_pairs(args, args.validation_data, fps, pixels)]
+        held_out = load_pairs(args, "validation_data", fps, pixels)
+        trained_on = {pairs.key(index) for index in range(len(pairs))}
+        if common := sum(held_out.key(index) in trained_on for index in range(len(held_out))):
+            raise ValueError(
+                f"--validation_data has to hold other pairs than --train_data, but {common} of its {len(held_out)}"
+                " are among them"
+            )
+        return [pairs, held_out]
     count = min(len(pairs) // 10, 16) if args.num_validation_pairs is None else args.num_validation_pairs
-    if count >= len(pairs):
+    if count >= len(pairs) and isinstance(pairs, FilePairs):
         raise ValueError(f"--num_validation_pairs has to leave pairs to train on, but is {count} of {len(pairs)}")
     kept, held_out = pairs.hold_out(count, args.data_seed)
+    if args.num_validation_pairs and not len(held_out):
+        raise ValueError(
+            f"--num_validation_pairs {count} holds out clips with all of their edits, but each clip of the"
+            f" {len(pairs)} pairs has more: --validation_data takes pairs of other clips"
+        )
     print(f"{len(kept)} pairs to train on, {len(held_out)} to validate on")
     return [kept, held_out]
 
@@ -616,6 +636,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     if problem := unsupported(args, accelerator):
         fail(problem, 2)
+    steps = accelerator.gradient_accumulation_steps
+    if is_deepspeed(accelerator):
+        steps = accelerator.state.deepspeed_plugin.get_value("gradient_accumulation_steps")
+    if steps not in (args.gradient_accumulation_steps, "auto"):
+        fail(
+            f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate's config file or the"
+            f" variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS says {steps}: give both the same, or the option alone",
+            2,
+        )
     if is_deepspeed(accelerator):
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": args.train_batch_size,
@@ -652,9 +681,9 @@ def main(argv: list[str] | None = None) -> None:
         return result
 
     # 1. Pairs, encoded once by the frozen parts
-    for data in (args.train_data, args.validation_data):
-        if data not in (None, "synthetic"):
-            of_main_process(check_table, args, data)  # before any model is downloaded or read
+    for option in ("train_data", "validation_data"):
+        if getattr(args, option) not in (None, "synthetic"):
+            of_main_process(check_table, args, option)  # before any model is downloaded or read
     is_edit, is_lora, is_live = args.stage == "edit", args.training_type == "lora", args.train_distiller == "all"
     half = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
     text_dtype = torch.float32 if args.train_text_encoder else half
@@ -689,7 +718,7 @@ def main(argv: list[str] | None = None) -> None:
     patch_size = transformer_config["patch_size"]
     pixels = (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial * patch_size[1])
     fps = pipe.processor.default_fps
-    pairs = of_main_process(load_pairs, args, args.train_data, fps, pixels)
+    pairs = of_main_process(load_pairs, args, "train_data", fps, pixels)
     pairs, held_out = of_main_process(split_pairs, args, pairs, fps, pixels)
     tokens = {"all": "none", "connectors": "states", "none": "tokens"}[args.train_distiller]
     text = "ids" if args.train_text_encoder else "embeds"
@@ -825,7 +854,7 @@ def main(argv: list[str] | None = None) -> None:
             args.distill_steps,
             args.distill_substeps,
             scale,
-            null_text["prompt_embeds"],
+            null_text["prompt_embeds"].to(device),
         )
         pipe.register_to_config(  # of the clips that are edited for validation
             default_num_inference_steps=args.distill_steps,

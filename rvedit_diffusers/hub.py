@@ -128,6 +128,17 @@ def _read_module(path: Path) -> _Module:
     return module
 
 
+def remove_code(folder: str | Path) -> None:
+    """Remove what [`write_code`] wrote beside the `model_index.json` of an earlier save, which names it no more."""
+    for name in CODE_COMPONENTS:
+        path = Path(folder) / name / "rvedit_diffusers.py"
+        if path.is_file() and path.read_text(encoding="utf-8") == COMPONENT_CODE:
+            path.unlink()
+    path = Path(folder) / "pipeline.py"
+    if path.is_file() and path.read_text(encoding="utf-8").startswith(BUNDLE_HEADER):
+        path.unlink()
+
+
 def _literal(text: str) -> str:
     # A literal a line: diffusers takes lines that begin with "import" for imports, wherever they stand.
     return "(\n" + "".join(f"    {line!r}\n" for line in text.splitlines(keepends=True)) + ")"
@@ -479,7 +490,8 @@ def upload(
     Bring a repository up to date with a folder, in one commit.
 
     Weights that the Hub has are not sent again, also if they come from an upload that was interrupted. Shards of
-    weights that the new ones replace are deleted, since they would be loaded; nothing else is.
+    weights that the new ones replace are deleted, since they would be loaded, and so is the code of a pipeline that
+    goes without it; nothing else is.
 
     Args:
         folder (`str` or `Path`): Its files are uploaded, links as what they lead to; see [`check_folder`].
@@ -499,6 +511,9 @@ def upload(
     sources = {prefix + path.relative_to(folder).as_posix(): path for path in _files(folder)}
     families = {_weights_family(name) for name in sources} - {None}
     stale = [name for name in repository.files if name not in sources and _weights_family(name) in families]
+    code = {prefix + name for name in ("pipeline.py", *(f"{part}/rvedit_diffusers.py" for part in CODE_COMPONENTS))}
+    if kind == "pipeline" and len(code.intersection(repository.files)) > 1:
+        stale += [name for name in repository.files if name in code and name not in sources]
     api = HfApi(token=token)
     # Not `upload_folder`: it drops folders that are links, and may cut an upload into commits, of which the first ones
     # are no pipeline.

@@ -22,16 +22,12 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
 
     _lora_loadable_modules = ["transformer"]
 
-    def _check_nothing_is_on_disk(self) -> None:
+    def _check_nothing_is_on_disk(self, advice: str = "load, fuse and remove LoRA weights") -> None:
         # diffusers makes the groups of all components again when layers change (loaders/peft.py, line 378), and takes
         # the files that are there for those of the new ones: weights would be lost without a word.
         for name, component in self.components.items():
-            hook = _get_top_level_group_offload_hook(component) if isinstance(component, torch.nn.Module) else None
-            if hook is not None and hook.config.offload_to_disk_path is not None:
-                raise ValueError(
-                    f"The component `{name}` is offloaded to disk: load, fuse and remove LoRA weights before"
-                    " `enable_group_offload` is given an `offload_to_disk_path`."
-                )
+            if isinstance(component, torch.nn.Module):
+                _check_is_not_on_disk(component, f"The component `{name}`", advice)
 
     def load_lora_weights(self, *args, **kwargs) -> None:
         r"""
@@ -131,15 +127,17 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
                 Which adapter of the transformer to save, when the transformer is given.
 
         Raises:
-            `ValueError`: if `transformer_lora_layers` is missing, the transformer has no adapter `adapter_name`, or
-                metadata is to be written without `safe_serialization`.
+            `ValueError`: if `transformer_lora_layers` is missing, the transformer has no adapter `adapter_name` or is
+                offloaded to disk, or metadata is to be written without `safe_serialization`.
         """
         if isinstance(transformer_lora_layers, torch.nn.Module):
             transformer = unwrap_module(transformer_lora_layers)
+            advice = "what is in memory are not its weights: save LoRA weights"
+            _check_is_not_on_disk(transformer, "`transformer_lora_layers`", advice)
             adapters = getattr(transformer, "peft_config", {})
             if adapter_name not in adapters:
                 raise ValueError(f"`adapter_name` has to be one of {sorted(adapters)}, got {adapter_name!r}.")
-            if transformer_lora_adapter_metadata is None:
+            if transformer_lora_adapter_metadata is None and safe_serialization:
                 transformer_lora_adapter_metadata = adapters[adapter_name].to_dict()
             transformer_lora_layers = get_peft_model_state_dict(transformer, adapter_name=adapter_name)
 
@@ -151,4 +149,12 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
             save_function=save_function,
             safe_serialization=safe_serialization,
             transformer_lora_adapter_metadata=transformer_lora_adapter_metadata,
+        )
+
+
+def _check_is_not_on_disk(module: torch.nn.Module, name: str, advice: str) -> None:
+    hook = _get_top_level_group_offload_hook(module)
+    if hook is not None and hook.config.offload_to_disk_path is not None:
+        raise ValueError(
+            f"{name} is offloaded to disk: {advice} before `enable_group_offload` is given an `offload_to_disk_path`."
         )

@@ -79,7 +79,7 @@ LEVELS = {
     "L4": "two operations, on one object",
     "L5": "an operation on an object, and one on the whole",
     "L6": "three operations, or one that depends on another",
-    "OOD": "looks and pairs of operations that training never shows",
+    "OOD": "looks and pairs of operations that training items of the other levels never have",
     "mean_L2_L6": "mean of L2 to L6",
 }
 

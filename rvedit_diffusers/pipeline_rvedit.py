@@ -25,7 +25,7 @@ from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase,
 from .clips import is_count, load_clips, longest_clip, resize_frames, transfer_edit
 from .distiller_rvedit import RVEDiTTokenDistiller
 from .files import forget_names
-from .hub import CODE, Repository, open_repository, upload, write_card, write_code
+from .hub import CODE, Repository, open_repository, remove_code, upload, write_card, write_code
 from .lora import RVEDiTLoraLoaderMixin
 from .pipeline_output import RVEDiTPipelineOutput
 from .processing_rvedit import RVEDiTProcessor
@@ -201,9 +201,12 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 See [`~RVEDiTPipeline.push_to_hub`].
 
         Raises:
+            `ValueError`: if the transformer carries LoRA layers, which would not load, or weights are offloaded to
+                disk; before anything is saved.
             `ValueError`, `PermissionError`, `ConnectionError`: see [`~RVEDiTPipeline.push_to_hub`]; before anything is
-                saved, unless the connection is lost later.
+                saved, unless the connection is lost later, or the folder holds what cannot be uploaded.
         """
+        self._check_can_be_saved()
         if push_to_hub:
             _check_format(safe_serialization)
             repository = open_repository(repo_id or Path(save_directory).resolve().name, "pipeline", private, token)
@@ -211,6 +214,8 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         forget_names(save_directory)
         if CODE is not None:
             write_code(save_directory, CODE)
+        else:
+            remove_code(save_directory)
         if push_to_hub:
             _upload_with_card(Path(save_directory), repository, None, commit_message, token, create_pr)
 
@@ -252,15 +257,26 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
 
         Raises:
             `ValueError`: if `repo_id` is no such name, the repository holds something else, or is public though
-                `private` is `True`; before anything is saved.
+                `private` is `True`, or the pipeline cannot be saved, see [`~RVEDiTPipeline.save_pretrained`]; before
+                anything is saved.
             `PermissionError`: if the token is refused.
             `ConnectionError`: if the Hub cannot be reached, or not any more. What was uploaded is kept.
         """
         _check_format(safe_serialization)
+        self._check_can_be_saved()
         repository = open_repository(repo_id, None if subfolder else "pipeline", private, token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, safe_serialization, variant)
             return _upload_with_card(Path(folder), repository, subfolder, commit_message, token, create_pr)
+
+    def _check_can_be_saved(self) -> None:
+        self._check_nothing_is_on_disk("what is in memory are not its weights: save the pipeline")
+        if adapters := getattr(self.transformer, "peft_config", None):
+            raise ValueError(
+                f"The transformer carries the LoRA layers {sorted(adapters)}, with which it would not load: call"
+                " `unload_lora_weights()` first, and before it `fuse_lora()` if they are to stay. `save_lora_weights`"
+                " saves the layers alone."
+            )
 
     def enable_group_offload(
         self,
@@ -369,12 +385,16 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                 Texts are padded and cut to this many tokens, or to the tokenizer's `model_max_length` if that is less;
                 what is cut off is warned of.
             device (`torch.device`, *optional*), dtype (`torch.dtype`, *optional*):
-                Of the result; by default the pipeline's execution device and what the text encoder computes in.
+                Of the result; by default the pipeline's execution device and what the text encoder computes in, or
+                the dtype of given embeddings.
 
         Returns:
             `tuple`: `prompt_embeds` and `negative_prompt_embeds`, each `(batch * num_videos_per_prompt, text_len,
             text_dim)` and zero behind the end of the text, as Wan has it; the second is `None` if it is neither given
             nor asked for.
+
+        Raises:
+            `TypeError`, `ValueError`: naming the argument, or the component that is `None`.
         """
         device = device or self._execution_device
 
@@ -387,12 +407,17 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             _check_texts("negative_prompt", negative_prompt)
             negative_prompts = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
         if prompts or negative_prompts:  # in one pass: offloaded weights are moved once
+            for name in ("tokenizer", "text_encoder"):
+                if getattr(self, name) is None:
+                    given = "prompt_embeds" if prompts else "negative_prompt_embeds"
+                    raise ValueError(f"The pipeline's component `{name}` is None: give `{given}`.")
             text = self._get_t5_prompt_embeds(prompts + negative_prompts, max_sequence_length, device, dtype)
             prompt_embeds = text[: len(prompts)] if prompts else prompt_embeds
             negative_prompt_embeds = text[len(prompts) :] if negative_prompts else negative_prompt_embeds
 
-        prompt_embeds = prompt_embeds.repeat_interleave(num_videos_per_prompt, dim=0)
+        prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(num_videos_per_prompt, dim=0)
         if negative_prompt_embeds is not None:
+            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
             if negative_prompt_embeds.shape[0] == 1:
                 negative_prompt_embeds = negative_prompt_embeds.repeat(prompt_embeds.shape[0], 1, 1)
             else:
@@ -637,6 +662,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             if not is_count(value):
                 raise ValueError(f"`{name}` has to be an integer of at least 1, got {value!r}.")
         if sigmas is not None:
+            if "sigmas" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+                raise ValueError(
+                    f"`sigmas` has to be None for the scheduler {type(self.scheduler).__name__}, which takes none."
+                )
             levels = sigmas.tolist() if isinstance(sigmas, (np.ndarray, torch.Tensor)) else sigmas
             levels = levels if isinstance(levels, (list, tuple)) else []
             levels = [level.item() if torch.is_tensor(level) and level.ndim == 0 else level for level in levels]
@@ -945,7 +974,9 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if output_type == "pt":
             return result
         result = result.numpy()
-        return result if output_type == "np" else [self.video_processor.numpy_to_pil(clip) for clip in result]
+        if output_type == "np":
+            return result
+        return [[self.video_processor.numpy_to_pil(frame)[0] for frame in clip] for clip in result]
 
     def _decode(self, latents: torch.Tensor, num_frames: int) -> torch.Tensor:
         # Normalised latents to (batch, 3, num_frames, height, width)
@@ -1321,7 +1352,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
             step_kwargs["generator"] = generator
 
         contexts = {}
-        text_length = self._merged_length(prompt_embeds, negative_prompt_embeds)
+        text_length = self._merged_length(prompt_embeds, negative_prompt_embeds) if reuse_context else None
 
         def predict(branch, latents, timestep, cache_context, **conditions):
             # The flow of one branch of guidance, whose context is computed once
@@ -1395,9 +1426,10 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     callback_outputs = callback_on_step_end(self, i, t, callback_kwargs) or {}
 
                     latents = callback_outputs.pop("latents", latents)
-                    # of other tokens, another source or other weights; changes in place may not be counted
+                    # of other tokens, another source or other weights; in inference mode changes in place of what the
+                    # callback was given are not counted
                     tokens |= {k: v for k, v in callback_outputs.items() if k in tokens}
-                    is_uncounted = torch.is_inference_mode_enabled() and callback_outputs
+                    is_uncounted = torch.is_inference_mode_enabled() and not tokens.keys().isdisjoint(callback_kwargs)
                     if is_uncounted or _marks_of(self.transformer, tokens) != before:
                         contexts.clear()
                     source_latents = callback_outputs.pop("source_latents", source_latents)
@@ -1407,7 +1439,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
                     negative_edit_embeds = callback_outputs.pop("negative_edit_embeds", negative_edit_embeds)
                     visual_embeds = callback_outputs.pop("visual_embeds", visual_embeds)
                     negative_visual_embeds = callback_outputs.pop("negative_visual_embeds", negative_visual_embeds)
-                    if not contexts:
+                    if reuse_context and not contexts:
                         text_length = self._merged_length(prompt_embeds, negative_prompt_embeds)
 
                 progress_bar.update()

@@ -200,7 +200,19 @@ def test_lora_layers_are_refused_while_weights_are_on_disk(folder, plain, tmp_pa
     ):
         with pytest.raises(ValueError, match="`text_encoder` is offloaded to disk"):
             change()
+    with pytest.raises(ValueError, match="`text_encoder` is offloaded to disk: what is in memory are not its weights"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
     assert_same(edit(pipe), edit(plain))
+
+
+def test_lora_layers_on_disk_are_not_saved(folder, tmp_path):
+    pipe = load(folder)
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    pipe.enable_group_offload(CPU, offload_type="leaf_level", offload_to_disk_path=str(tmp_path / "disk"))
+    with pytest.raises(ValueError, match="`transformer_lora_layers` is offloaded to disk"):
+        pipe.save_lora_weights(tmp_path / "lora", pipe.transformer)
+    assert not (tmp_path / "lora").exists()
 
 
 def test_excluded_components_stay_off_the_disk(folder, plain, tmp_path):

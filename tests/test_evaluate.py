@@ -233,6 +233,18 @@ def test_none_of_few_leaves_more_open_than_none_of_many():
     assert levels["mean_L2_L6"]["union_success_low"] == 0
 
 
+def test_a_level_without_a_success_leaves_the_mean_open():
+    """That none of 4 succeeded is not certain to go on: of 4000 it nearly is."""
+    widths = []
+    for n in (4, 4000):
+        groups = {level: [entry(level != "L6")] * n for level in ("L2", "L3", "L4", "L5", "L6")}
+        row = summarize(groups)["mean_L2_L6"]
+        assert row["union_success"] == pytest.approx(0.8)
+        assert row["union_success_low"] < 0.8
+        widths.append(row["union_success_high"] - row["union_success_low"])
+    assert widths[0] > 0.1 > 0.001 > widths[1] > 0
+
+
 def test_what_has_no_value_is_null():
     row = summarize({"L0": [entry(0), entry(0)]})["L0"]
     assert row["twin_consistency"] is None and row["twin_consistency_low"] is None and row["n_pairs"] == 0

@@ -639,6 +639,34 @@ def test_a_card_that_tells_of_an_earlier_state_is_written_anew(server, folder, c
     assert server.files(NAME)["README.md"].endswith(b"\nMine.\n")
 
 
+def test_a_repository_brought_up_to_date_without_its_code_has_none(server, folder, capfd):
+    main(capfd, folder, NAME, "--remote_code")
+    server.commit(NAME, {"notes.py": b"mine"})
+    assert {"pipeline.py", "transformer/rvedit_diffusers.py"} <= server.files(NAME).keys()
+    RVEDiTPipeline.from_pretrained(folder).push_to_hub(NAME)
+    assert [name for name in server.files(NAME) if name.endswith(".py")] == ["notes.py"]
+
+
+def test_a_folder_that_is_saved_again_without_its_code_has_none(folder, tmp_path, capfd):
+    main(capfd, folder, NAME, "--remote_code", "--export_only", tmp_path / "out")
+    (tmp_path / "out" / "notes.py").write_text("mine")
+    RVEDiTPipeline.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.py")] == ["notes.py"]
+    assert hub.check_folder(tmp_path / "out") == "pipeline"
+
+
+def test_a_pipeline_with_lora_layers_is_not_saved(server, pipe, tmp_path):
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"carries the LoRA layers \['default'\], with which it would not load"):
+        pipe.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="carries the LoRA layers"):
+        pipe.push_to_hub(NAME)
+    assert not (tmp_path / "out").exists() and NAME not in server.repositories
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    pipe.save_pretrained(tmp_path / "out")
+
+
 def test_where_weights_lay_is_not_told(server, pipe, tmp_path, capfd):
     pipe.save_pretrained(tmp_path / "first")
     again = RVEDiTPipeline.from_pretrained(tmp_path / "first")

@@ -319,3 +319,6 @@ def test_pickles_are_read_on_demand_alone(lora_pipe, tmp_path):
     with pytest.raises(OSError, match="safetensors"):
         build_pipeline().load_lora_weights(tmp_path)
     build_pipeline().load_lora_weights(tmp_path, weight_name=file.name, use_safetensors=False)
+    weights = file.read_bytes()
+    RVEDiTPipeline.save_lora_weights(tmp_path, lora_pipe.transformer, safe_serialization=False)
+    assert file.read_bytes() == weights

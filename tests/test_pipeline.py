@@ -10,6 +10,7 @@ from components import NUM_EDIT_TOKENS, Calls, build_pipeline, make_clip
 from diffusers import (
     AutoencoderKLWan,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -416,6 +417,29 @@ def test_encode_prompt_needs_the_text_encoder_alone(shared_pipe):
     assert negative_prompt_embeds.shape == prompt_embeds.shape
 
 
+def test_given_embeddings_are_returned_as_asked_for(shared_pipe):
+    embeds = torch.randn(1, 4, 8)
+    found, none = shared_pipe.encode_prompt(
+        None, do_classifier_free_guidance=False, prompt_embeds=embeds, dtype=torch.bfloat16
+    )
+    assert none is None and torch.equal(found, embeds.bfloat16())
+
+
+def test_what_only_the_text_encoder_can_encode_is_told(shared_pipe):
+    names = ("text_encoder", "processor", "mllm", "distiller", "vae", "transformer", "scheduler")
+    alone = RVEDiTPipeline(tokenizer=shared_pipe.tokenizer, **dict.fromkeys(names))
+    with pytest.raises(ValueError, match="`text_encoder` is None: give `prompt_embeds`"):
+        alone.encode_prompt(PROMPT)
+    with pytest.raises(ValueError, match="`text_encoder` is None: give `negative_prompt_embeds`"):
+        alone.encode_prompt(None, prompt_embeds=torch.zeros(1, 4, 8))
+
+
+def test_sigmas_for_a_scheduler_that_takes_none_are_refused(pipe, clip):
+    pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="`sigmas` has to be None for the scheduler DPMSolverMultistepScheduler"):
+        edit(pipe, clip, sigmas=[1.0, 0.5])
+
+
 def test_encode_tokens_needs_the_mllm_alone(shared_pipe, clip):
     names = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
     components = {name: getattr(shared_pipe, name) for name in ("processor", "mllm", "distiller")}
@@ -739,11 +763,12 @@ def test_tensors_that_the_callback_changes_in_place_count(shared_pipe, clip, nam
     assert not torch.allclose(changed, edit(shared_pipe, clip), atol=1e-5)
 
 
+@pytest.mark.parametrize("returns", [lambda kwargs: kwargs, lambda kwargs: {}, lambda kwargs: None])
 @pytest.mark.parametrize("change", [0.0, 1.0])
-def test_an_edit_in_inference_mode_is_the_same(shared_pipe, clip, change):
+def test_an_edit_in_inference_mode_is_the_same(shared_pipe, clip, change, returns):
     def callback(pipe, step, timestep, kwargs):
         kwargs["prompt_embeds"] += change
-        return kwargs
+        return returns(kwargs)
 
     changes = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
     with torch.inference_mode():
@@ -885,7 +910,8 @@ class ScalarReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_loop_reads_no_tensor_values(shared_pipe, clip):
+@pytest.mark.parametrize("reuse_context", [True, False])
+def test_loop_reads_no_tensor_values(shared_pipe, clip, reuse_context):
     counts = []
     with ScalarReads() as reads:
         edit(
@@ -893,6 +919,7 @@ def test_loop_reads_no_tensor_values(shared_pipe, clip):
             clip,
             num_inference_steps=3,
             source_guidance_scale=1.5,
+            reuse_context=reuse_context,
             callback_on_step_end=lambda pipe, i, t, kwargs: counts.append(reads.count) or {},
         )
     assert reads.count > 0  # the counter counts: the inputs are checked by value

@@ -884,15 +884,45 @@ def test_a_dry_run_counts_what_learns_in_float32(model, tmp_path, capsys):
         (["--columns=openve"], "original_video"),
         (["--train_data=absent"], "absent"),
         (["--num_validation_pairs=3"], "--num_validation_pairs"),
-        (["--validation_data=absent"], "absent"),
+        (["--validation_data=absent"], "--validation_data"),
+        (["--validation_data", "{table}"], "other pairs than --train_data, but 3 of its 3 are among them"),
     ],
 )
 def test_data_that_cannot_be_trained_on_ends_the_run(model, table, tmp_path, capsys, options, message):
     argv = [f"--model={model}", f"--output={tmp_path / 'out'}", f"--train_data={table}", f"--buckets={BUCKET}"]
     with pytest.raises(SystemExit) as error:
-        train.main([*argv, *options])
+        train.main([*argv, *(option.format(table=table) for option in options)])
     assert error.value.code == 2 and message in capsys.readouterr().err
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_clips_that_all_have_more_edits_than_are_to_be_held_out_are_told(model, table, tmp_path, capsys):
+    rows = "".join(f"0_source.mp4,{number}_edited.mp4,edit {number}\n" for number in range(3))
+    (table / "metadata.csv").write_text("source,edited,instruction\n" + rows)
+    argv = [f"--model={model}", f"--output={tmp_path / 'out'}", f"--train_data={table}", f"--buckets={BUCKET}"]
+    with pytest.raises(SystemExit):
+        train.main([*argv, "--num_validation_pairs=1"])
+    assert "--num_validation_pairs 1 holds out clips with all of their edits" in capsys.readouterr().err
+    train.main([*argv, "--dry_run"])
+    assert "3 pairs to train on, 0 to validate on" in capsys.readouterr().out
+
+
+def test_as_many_scenes_validate_as_are_asked_for(model, table, tmp_path, capsys):
+    train.main(arguments(model, tmp_path / "cache", tmp_path / "out", "--num_validation_pairs=16", "--dry_run"))
+    assert "16 pairs to train on, 16 to validate on" in capsys.readouterr().out  # scenes are drawn anew
+    args = train.parse_args(
+        arguments(model, tmp_path, tmp_path, f"--train_data={table}", "--validation_data=synthetic", "--num_pairs=900")
+    )
+    assert len(train.load_pairs(args, "validation_data", 8.0, (4, 16))) == 2
+
+
+def test_gradients_that_the_launcher_accumulates_otherwise_end_the_run(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SystemExit) as error:
+        run(model, tmp_path / "cache", tmp_path / "out", "--gradient_accumulation_steps=2", *LORA)
+    assert error.value.code == 2 and not (tmp_path / "out").exists()
+    message = "--gradient_accumulation_steps is 2, but accelerate's config file or the variable"
+    assert message in capsys.readouterr().err
 
 
 def test_a_table_is_read_before_any_model(model, table, tmp_path, capsys):

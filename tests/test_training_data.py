@@ -193,6 +193,11 @@ def test_dataset_with_paths(tmp_path):
     split = datasets.Dataset.from_dict(columns | {"unused": [1, 2]})
     split.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": split, "test": split.select([0])}).save_to_disk(tmp_path / "splits")
+    other = datasets.DatasetDict({"train": split, "validation": split.select([1])})
+    other.save_to_disk(tmp_path / "validation")
+    for option, rows in (("train_data", [0, 1]), ("validation_data", [1])):
+        pairs = read_pairs(tmp_path / "validation", *PRESETS["kiwi-edit"], option=option)
+        assert [pair.instruction for pair in pairs] == [ROWS[row][2].strip() for row in rows]
     for name in ("one", "splits"):
         pairs = read_pairs(tmp_path / name, *PRESETS["kiwi-edit"])
         assert [(pair.source, pair.instruction) for pair in pairs] == [

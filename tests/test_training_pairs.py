@@ -3,11 +3,12 @@ import pytest
 
 from rvedit_diffusers.synthetic import TEST_PHOTOS, TRAIN_LEVELS, TRAIN_PHOTOS, BenchmarkItems, SyntheticEdits
 from rvedit_diffusers.synthetic.wording import swapped_words
-from rvedit_diffusers.training.data import Bucket
+from rvedit_diffusers.training.data import Bucket, Pair, Plan
 from rvedit_diffusers.training.pairs import BenchmarkPairs, FilePairs, SyntheticPairs
 
 
 SIZE = {"num_frames": 5, "height": 32, "width": 32}
+BUCKET = Bucket(*SIZE.values())
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,39 @@ def test_held_out_pairs_are_of_other_scenes_over_the_same_photographs(pairs):
     assert scene.photos == TRAIN_PHOTOS and not set(scene.photos) & set(TEST_PHOTOS)
 
 
-def test_held_out_files_are_not_trained_on():
-    pairs = FilePairs([f"plan {index}" for index in range(20)])
+def file_pairs(folder, names):
+    """A pair for each name of a source, of which those that begin with the same letter hold the same bytes."""
+    plans = []
+    for row, name in enumerate(names):
+        (folder / name).write_text(name[0])
+        plans.append(Plan(Pair(folder / name, folder / "edited", f"edit {row}", row), BUCKET, 8, (0,), (0,), "kept"))
+    return FilePairs(plans)
+
+
+def sources(pairs):
+    return [plan.pair.source.name for plan in pairs.plans]
+
+
+def test_held_out_files_are_not_trained_on(tmp_path):
+    pairs = file_pairs(tmp_path, "abcdefghijklmnopqrst")
     kept, held_out = pairs.hold_out(4, seed=1)
-    assert len(held_out) == 4 and sorted(kept.plans + held_out.plans) == sorted(pairs.plans)
-    assert pairs.hold_out(4, seed=1)[1].plans == held_out.plans != pairs.hold_out(4, seed=2)[1].plans
+    assert len(held_out) == 4 and sorted(sources(kept) + sources(held_out)) == sources(pairs)
+    assert sources(pairs.hold_out(4, seed=1)[1]) == sources(held_out) != sources(pairs.hold_out(4, seed=2)[1])
+
+
+def test_all_edits_of_a_clip_are_held_out_or_none(tmp_path):
+    pairs = file_pairs(tmp_path, ["a", "b", "a", "c", "b", "a copy", "d", "b", "e", "c", "c"])
+    for seed in range(8):
+        kept, held_out = pairs.hold_out(4, seed)
+        assert 0 < len(held_out) <= 4 and len(kept) + len(held_out) == 11
+        assert {name[0] for name in sources(kept)}.isdisjoint(name[0] for name in sources(held_out))
+    assert not len(file_pairs(tmp_path, "aab").hold_out(0, 0)[1]) and len(file_pairs(tmp_path, "ab").hold_out(2, 0)[0])
+
+
+def test_a_pair_more_changes_little_of_what_is_held_out(tmp_path):
+    before = set(sources(file_pairs(tmp_path, "abcdefghijklmnopqrst").hold_out(6, seed=3)[1]))
+    after = set(sources(file_pairs(tmp_path, "zabcdefghijklmnopqrst").hold_out(6, seed=3)[1]))
+    assert len(before) == len(after) == 6 and len(before & after) >= 5
 
 
 @pytest.mark.parametrize("captioned", [False, True])

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from components import build_pipeline
+from PIL import Image
 from torch.utils.data import default_collate
 
 from rvedit_diffusers import RVEDiTProcessor, read_video
@@ -319,6 +320,7 @@ def test_every_edit_has_a_clip_and_a_strip(accelerator, build_cache, tmp_path, n
     assert {path.name for path in strips[0].parent.iterdir()} == {
         f"{n}.{kind}" for n in names for kind in ("gif", "mp4", "png")
     }
+    assert Image.open(strips[0].with_suffix(".gif")).n_frames == 5
 
 
 def test_names_of_edits_say_what_was_asked_for(accelerator, build_cache, tmp_path):

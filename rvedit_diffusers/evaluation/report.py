@@ -34,6 +34,19 @@ def resampled_means(values: np.ndarray, name: str) -> np.ndarray:
     return values[rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))].mean(1)
 
 
+def level_means(values: np.ndarray, level: str, name: str) -> np.ndarray:
+    """[`resampled_means`] of a level; of one of `SHARES` that all or no items have, shares that may be behind it.
+
+    All samples of a bootstrap would be the same, and the level would count as certain in a mean of levels. The shares
+    are drawn from the posterior of Jeffreys' prior, Beta(0.5, 0.5).
+    """
+    if not share_figures(name, values):
+        return resampled_means(values, f"{level} {name}")
+    rng = np.random.default_rng(derive_seed("posterior", f"{level} {name}"))
+    successes = values.sum()
+    return rng.beta(successes + 0.5, values.size - successes + 0.5, NUM_RESAMPLES)
+
+
 def figure(name: str, mean: float | None, resampled: np.ndarray | None) -> dict[str, float | None]:
     """A mean as `name`, and its 95 % interval as `name_low` and `name_high`; `None` where there is no value."""
     low, high = (None, None) if resampled is None else np.percentile(resampled, INTERVAL).tolist()
@@ -136,7 +149,7 @@ def summarize(groups: dict[str, Sequence[dict]]) -> dict[str, dict]:
         for name in values[MEAN_LEVELS[0]]:
             parts = [(level, values[level].get(name, np.empty(0))) for level in MEAN_LEVELS]
             if all(each.size for _, each in parts):
-                resampled = [resampled_means(each, f"{level} {name}") for level, each in parts]
+                resampled = [level_means(each, level, name) for level, each in parts]
                 mean = float(np.mean([each.mean() for _, each in parts]))
                 levels[MEAN_NAME] |= figure(name, mean, np.mean(resampled, axis=0))
                 levels[MEAN_NAME] |= share_figures(name, np.concatenate([each for _, each in parts]))

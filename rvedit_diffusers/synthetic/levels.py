@@ -301,7 +301,7 @@ class BenchmarkItems:
         if split not in SPLITS:
             raise ValueError(f"`split` has to be one of {tuple(SPLITS)}, but is {split!r}")
         if split == "train" and "OOD" in self.levels:
-            raise ValueError("`levels` of the split `train` cannot contain OOD, which is what training never shows")
+            raise ValueError("`levels` of the split `train` cannot contain OOD: that is what the others leave out")
         if seed < 0:
             raise ValueError(f"`seed` has to be at least 0, but is {seed}")
         if num_frames < 2 or min(height, width) < 32:

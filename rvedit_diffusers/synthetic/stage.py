@@ -13,7 +13,8 @@ from .operations import GLOBAL, Operation, follow
 from .scenes import COLOURS, SHAPES, Scene, render, sample_scene, scene_background
 
 
-# Looks that no training scene shows, before or after its edit; their colours and shapes are there in other company.
+# Looks that no training item of the levels shows, before or after its edit; single edits may. Their colours and shapes
+# are there in other company.
 HELD_OUT_LOOKS = (
     ("red", "star"),
     ("green", "triangle"),

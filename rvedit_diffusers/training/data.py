@@ -172,6 +172,7 @@ def read_pairs(
     edited_column: str = "edited",
     instruction_column: str = "instruction",
     data_root: str | os.PathLike | None = None,
+    option: str = "train_data",
 ) -> list[Pair]:
     """
     Read a table of edits. The files that it names are not looked at; see [`plan_pairs`].
@@ -179,12 +180,14 @@ def read_pairs(
     Args:
         train_data (`str` or `os.PathLike`): a `.csv`, `.jsonl` or `.json` file (a list of objects); a folder with
             `metadata.csv` or `metadata.jsonl`; a folder written by `datasets.save_to_disk`; or the id of a dataset on
-            the Hugging Face Hub. Of several splits, `train` is read.
+            the Hugging Face Hub. Of several splits, `train` is read, or `validation`, where there is one, if
+            `option` is `validation_data`.
         source_column, edited_column, instruction_column (`str`): names of the columns, see `PRESETS`. The first two
             hold paths. In a Hugging Face dataset they may also be videos or images; those whose bytes are in the
             dataset itself are written to files below the cache of `datasets`, once.
         data_root (`str` or `os.PathLike`, *optional*): folder that relative paths start from. By default that of the
             table, or the current one for a dataset on the Hub.
+        option (`str`, defaults to `"train_data"`): the option that errors name.
 
     Returns:
         `list[Pair]`: one for each row, in order.
@@ -203,13 +206,13 @@ def read_pairs(
     tables = [path] if path.is_file() else [path / name for name in ("metadata.csv", "metadata.jsonl")]
     table = next((table for table in tables if table.is_file()), None)
     if table is not None:
-        rows, root = _read_table(table), table.parent
+        rows, root = _read_table(table, option), table.parent
         names = list(dict.fromkeys(name for row in rows for name in row))
     else:
-        dataset, root = _load_dataset(str(train_data)), path if path.is_dir() else Path()
+        dataset, root = _load_dataset(str(train_data), option), path if path.is_dir() else Path()
         rows, names = dataset, dataset.column_names
     if len(rows) == 0:
-        raise ValueError(f"`--train_data`: {train_data} has no rows")
+        raise ValueError(f"`--{option}`: {train_data} has no rows")
     for flag, column in columns.items():
         if column not in names:
             raise ValueError(f"`--{flag}`: {train_data} has no column {column!r}, it has {', '.join(names)}")
@@ -228,7 +231,7 @@ def read_pairs(
     ]
 
 
-def _read_table(path: Path) -> list[dict]:
+def _read_table(path: Path, option: str) -> list[dict]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets write a byte order mark
             if path.suffix == ".csv":
@@ -243,26 +246,26 @@ def _read_table(path: Path) -> list[dict]:
             else:
                 raise ValueError("it has to be a .csv, .jsonl or .json file")
     except (ValueError, csv.Error) as error:
-        raise ValueError(f"`--train_data`: {path} cannot be read: {error}") from error
+        raise ValueError(f"`--{option}`: {path} cannot be read: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"`--train_data`: {path} has to be a list of objects, one for each pair")
+        raise ValueError(f"`--{option}`: {path} has to be a list of objects, one for each pair")
     return rows
 
 
-def _load_dataset(name: str):
+def _load_dataset(name: str, option: str):
     path = Path(name)
     if path.is_dir() and not any((path / file).is_file() for file in ("dataset_info.json", "dataset_dict.json")):
         raise ValueError(
-            f"`--train_data`: the folder {path} has neither metadata.csv nor metadata.jsonl, nor did"
+            f"`--{option}`: the folder {path} has neither metadata.csv nor metadata.jsonl, nor did"
             " `datasets.save_to_disk` write it"
         )
     if not path.is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise FileNotFoundError(f"`--train_data`: there is no file or folder {name}")
+        raise FileNotFoundError(f"`--{option}`: there is no file or folder {name}")
     try:
         import datasets
     except ImportError as error:
         raise ImportError(
-            f"`--train_data`: to read {name}, a Hugging Face dataset, `datasets` has to be installed"
+            f"`--{option}`: to read {name}, a Hugging Face dataset, `datasets` has to be installed"
         ) from error
     if path.is_dir():
         dataset = datasets.load_from_disk(name)
@@ -271,12 +274,13 @@ def _load_dataset(name: str):
             dataset = datasets.load_dataset(name)
         except Exception as error:  # the Hub, the network, and whatever a dataset may hold
             raise ValueError(
-                f"`--train_data`: there is no file or folder {name}, and from the Hub it cannot be read: {error}"
+                f"`--{option}`: there is no file or folder {name}, and from the Hub it cannot be read: {error}"
             ) from error
     if isinstance(dataset, datasets.DatasetDict):
-        if "train" not in dataset:
-            raise ValueError(f"`--train_data`: {name} has no split 'train', it has {', '.join(dataset)}")
-        dataset = dataset["train"]
+        split = "validation" if option == "validation_data" and "validation" in dataset else "train"
+        if split not in dataset:
+            raise ValueError(f"`--{option}`: {name} has no split 'train', it has {', '.join(dataset)}")
+        dataset = dataset[split]
     return dataset
 
 

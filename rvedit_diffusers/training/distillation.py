@@ -19,7 +19,8 @@ class FewStepTeacher:
         num_steps (`int`): That the LoRA learns to take.
         substeps (`int`): Of the teacher for each.
         guidance_scale (`float`): Of the teacher, by the instruction; 1 is none.
-        null_text (`torch.Tensor` of shape `(length, text_dim)`): The embedded empty instruction.
+        null_text (`torch.Tensor` of shape `(length, text_dim)`): The embedded empty instruction, on the device of the
+            batches: a copy in each step would wait for it.
     """
 
     def __init__(
@@ -33,7 +34,7 @@ class FewStepTeacher:
     ):
         count = num_steps * substeps
         scheduler.set_timesteps(sigmas=[1 - step / count for step in range(count)])
-        self.levels = scheduler.sigmas.float().cpu()  # (count + 1,), falling to 0
+        self.levels = scheduler.sigmas.float().to(null_text.device)  # (count + 1,), falling to 0
         self.transformer, self.substeps, self.guidance_scale = transformer, substeps, guidance_scale
         self.null_text = null_text
 
@@ -49,7 +50,7 @@ class FewStepTeacher:
             `dict[str, torch.Tensor]`: The batch with `sigmas` `(batch,)` at the beginning of a step, and the target,
             `velocity` `(batch, channels, frames, height, width)` in float32.
         """
-        levels = self.levels.to(batch["sigmas"])
+        levels = self.levels
         starts = levels[: -1 : self.substeps]
         step = (starts[:, None] >= batch["sigmas"]).sum(0).clamp(min=1) - 1  # the last that starts at or above it
         sigmas = levels[self.substeps * step[:, None] + torch.arange(self.substeps + 1, device=levels.device)]

@@ -8,14 +8,12 @@ from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from ..synthetic import BenchmarkItem, BenchmarkItems, SyntheticEdits, caption
 from ..synthetic.edits import DRAWN as DRAWN_EDITS
 from ..synthetic.levels import DRAWN as DRAWN_ITEMS
 from .data import Bucket, Plan, content_key, load_pair
 from .record import ScanRecord
-from .sampler import generator
 
 
 class EditPairs(Protocol):
@@ -38,7 +36,7 @@ class EditPairs(Protocol):
         """A hash of all that the methods above return."""
 
     def hold_out(self, count: int, seed: int) -> tuple["EditPairs", "EditPairs"]:
-        """Pairs to train on, and `count` others to validate on."""
+        """Pairs to train on, and others to validate on, at most `count`."""
 
 
 class FilePairs:
@@ -71,9 +69,18 @@ class FilePairs:
         return content_key(self.plans[index], self.record)
 
     def hold_out(self, count: int, seed: int) -> tuple["FilePairs", "FilePairs"]:
-        order = torch.randperm(len(self), generator=generator(seed, "held out")).tolist()
-        parts = sorted(order[count:]), sorted(order[:count])
-        return tuple(FilePairs([self.plans[index] for index in part], self.record.path) for part in parts)
+        """All edits of a source clip are on one side. Which clips are held out hardly depends on the other clips."""
+        sources: dict[str, list[int]] = {}
+        for index, plan in enumerate(self.plans):
+            sources.setdefault(self.record.sha256(plan.pair.source), []).append(index)
+        held_out: set[int] = set()
+        for source in sorted(sources, key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest()):
+            if len(held_out) + len(sources[source]) <= min(count, len(self) - 1):
+                held_out |= set(sources[source])
+        parts: tuple[list[Plan], list[Plan]] = [], []
+        for index, plan in enumerate(self.plans):
+            parts[index in held_out].append(plan)
+        return tuple(FilePairs(part, self.record.path) for part in parts)
 
 
 class SyntheticPairs:

@@ -242,7 +242,8 @@ def edit_held_out(
             write_strip(folder / f"{index}-{name}.png", rows)
             images = [Image.fromarray(np.concatenate(frames, axis=1)) for frames in zip(source, edited, target)]
             duration = round(1000 / pairs.fps(index))
-            images[0].save(folder / f"{index}-{name}.gif", append_images=images[1:], duration=duration, loop=0)
+            more = {"save_all": True, "append_images": images[1:]}
+            images[0].save(folder / f"{index}-{name}.gif", **more, duration=duration, loop=0)
     if isinstance(model, FSDPModule):
         model.reshard()
     model.train()
