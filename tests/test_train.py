@@ -402,8 +402,9 @@ def test_connecting_changes_the_queries_and_the_editing_tokens_connector_alone(m
 
 @pytest.mark.parametrize("names, given", [("video,caption", ()), ("file_name,text", ("file_name", "text"))])
 def test_captioned_clips_are_read_from_a_table_of_clips(model, tmp_path, capsys, names, given):
-    write_video(tmp_path / "clip.mp4", make_clip(12), fps=8)
-    (tmp_path / "metadata.csv").write_text(f"{names}\nclip.mp4,a red square\nclip.mp4,a square\n")
+    for number in range(2):
+        write_video(tmp_path / f"{number}.mp4", make_clip(12, seed=number), fps=8)
+    (tmp_path / "metadata.csv").write_text(f"{names}\n0.mp4,a red square\n1.mp4,a square\n")
     options = ("--max_train_steps=1", f"--train_data={tmp_path}", "--num_validation_pairs=1", "--train_batch_size=1")
     options += tuple(f"--{name}_column={column}" for name, column in zip(("source", "instruction"), given))
     run(model, tmp_path / "cache", tmp_path / "out", *options, *QUIET, *CONNECT)
