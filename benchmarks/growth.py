@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
         },
         "exponents": exponents,
         "settings": vars(args) | {"preset": {"name": args.preset} | dataclasses.asdict(PRESETS[args.preset])},
-        **(machine(args.device) if args.device.type != "meta" else {"torch": torch.__version__}),
+        **machine(args.device),
         "growth": found,
     }
     publish(args.output, "growth.py", argv, "\n".join(lines), result)

@@ -396,7 +396,9 @@ def spread(values: Sequence[float], spec: str) -> str:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What figures depend on."""
+    """What figures depend on; of those that are counted, on the meta device, no machine is part of it."""
+    if device.type == "meta":
+        return {"torch": torch.__version__}
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)

@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
             if name != "plain"
         },
         "settings": vars(args) | {"preset": {"name": args.preset} | asdict(PRESETS[args.preset])},
-        **(machine(args.device) if args.device.type != "meta" else {"torch": torch.__version__}),
+        **machine(args.device),
         "seconds": seconds,
         "memory_bytes": memory,
         "flops": flops,

@@ -527,8 +527,6 @@ def split_pairs(args: argparse.Namespace, pairs: EditPairs, fps: float, pixels: 
             )
         return [pairs, held_out]
     count = min(len(pairs) // 10, 16) if args.num_validation_pairs is None else args.num_validation_pairs
-    if count >= len(pairs) and isinstance(pairs, FilePairs):
-        raise ValueError(f"--num_validation_pairs has to leave pairs to train on, but is {count} of {len(pairs)}")
     kept, held_out = pairs.hold_out(count, args.data_seed)
     if args.num_validation_pairs and not len(held_out):
         raise ValueError(

@@ -61,6 +61,17 @@ def write_code(folder: str | Path, code: str) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def remove_code(folder: str | Path) -> None:
+    """Remove what [`write_code`] wrote beside the `model_index.json` of an earlier save, which names it no more."""
+    for name in CODE_COMPONENTS:
+        path = Path(folder) / name / "rvedit_diffusers.py"
+        if path.is_file() and path.read_text(encoding="utf-8") == COMPONENT_CODE:
+            path.unlink()
+    path = Path(folder) / "pipeline.py"
+    if path.is_file() and path.read_text(encoding="utf-8").startswith(BUNDLE_HEADER):
+        path.unlink()
+
+
 BUNDLE_HEADER = '''"""
 RVEDiTPipeline in one file: DiffusionPipeline.from_pretrained(REPOSITORY, trust_remote_code=True)
 
@@ -126,17 +137,6 @@ def _read_module(path: Path) -> _Module:
         elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
             raise ValueError(f"{path.name}, line {node.lineno}: such a statement cannot be bundled.")
     return module
-
-
-def remove_code(folder: str | Path) -> None:
-    """Remove what [`write_code`] wrote beside the `model_index.json` of an earlier save, which names it no more."""
-    for name in CODE_COMPONENTS:
-        path = Path(folder) / name / "rvedit_diffusers.py"
-        if path.is_file() and path.read_text(encoding="utf-8") == COMPONENT_CODE:
-            path.unlink()
-    path = Path(folder) / "pipeline.py"
-    if path.is_file() and path.read_text(encoding="utf-8").startswith(BUNDLE_HEADER):
-        path.unlink()
 
 
 def _literal(text: str) -> str:

@@ -58,6 +58,7 @@ def test_the_reference_branch_costs_less_than_a_second_branch(result):
 @pytest.mark.slow
 def test_on_meta_no_step_runs(tmp_path, result, capsys):
     counted = run(tmp_path, "--device", "meta")
+    assert "device" in result and not {"device", "cpu", "threads"} & counted.keys()  # no machine is part of it
     assert counted["seconds"] == {}
     assert counted["flops"] == result["flops"]
     assert counted["memory_bytes"] == result["memory_bytes"]

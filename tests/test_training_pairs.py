@@ -99,7 +99,9 @@ def test_all_edits_of_a_clip_are_held_out_or_none(tmp_path):
         kept, held_out = pairs.hold_out(4, seed)
         assert 0 < len(held_out) <= 4 and len(kept) + len(held_out) == 11
         assert {name[0] for name in sources(kept)}.isdisjoint(name[0] for name in sources(held_out))
-    assert not len(file_pairs(tmp_path, "aab").hold_out(0, 0)[1]) and len(file_pairs(tmp_path, "ab").hold_out(2, 0)[0])
+    assert not len(file_pairs(tmp_path, "aab").hold_out(0, 0)[1])
+    with pytest.raises(ValueError, match="--num_validation_pairs has to leave pairs to train on, but is 2 of 2"):
+        file_pairs(tmp_path, "ab").hold_out(2, 0)
 
 
 def test_a_pair_more_changes_little_of_what_is_held_out(tmp_path):

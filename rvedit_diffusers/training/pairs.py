@@ -69,13 +69,19 @@ class FilePairs:
         return content_key(self.plans[index], self.record)
 
     def hold_out(self, count: int, seed: int) -> tuple["FilePairs", "FilePairs"]:
-        """All edits of a source clip are on one side. Which clips are held out hardly depends on the other clips."""
+        """All edits of a source clip are on one side. Which clips are held out hardly depends on the other clips.
+
+        Raises:
+            ValueError: There are no more than `count` pairs.
+        """
+        if count >= len(self):
+            raise ValueError(f"--num_validation_pairs has to leave pairs to train on, but is {count} of {len(self)}")
         sources: dict[str, list[int]] = {}
         for index, plan in enumerate(self.plans):
             sources.setdefault(self.record.sha256(plan.pair.source), []).append(index)
         held_out: set[int] = set()
         for source in sorted(sources, key=lambda source: hashlib.sha256(f"{seed} {source}".encode()).digest()):
-            if len(held_out) + len(sources[source]) <= min(count, len(self) - 1):
+            if len(held_out) + len(sources[source]) <= count:
                 held_out |= set(sources[source])
         parts: tuple[list[Plan], list[Plan]] = [], []
         for index, plan in enumerate(self.plans):
