@@ -78,7 +78,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cache_dir", type=Path, help="folder for encoded pairs; default: OUTPUT/cache, removed at last"
     )
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time, each with one thread; default: 1")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="runs at a time, each with one thread, or threads of what is made before them; default: 1",
+    )
     parser.add_argument("--keep_weights", action="store_true", help="keep pipelines, checkpoints and clips")
     parser.add_argument("--report", type=Path, help="default: OUTPUT/ablation.md; beside it are a .png and a .json")
     parser.add_argument("--report_only", action="store_true", help="of what is finished; nothing is run")
@@ -130,12 +135,12 @@ def evaluate_options(run: Run) -> dict:
 
 
 class Machine:
-    """Runs scripts as processes of one thread each, which end with this one; and what it is."""
+    """Runs scripts as processes, which end with this one; and what it is."""
 
     def __init__(self, lock: int):
         self.lock, self.children, self.is_stopped = lock, set(), False
 
-    def call(self, script: str, options: dict, log: Path) -> None:
+    def call(self, script: str, options: dict, log: Path, num_threads: int = 1) -> None:
         """Run a script of this folder to its end; what it prints is added to a file.
 
         Raises:
@@ -151,7 +156,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": str(num_threads)},
                 pass_fds=(self.lock,),  # held as long as one of them lives, should this process be killed
             )
             self.children.add(child)
@@ -234,11 +239,14 @@ def perform_all(runs: Sequence[Run], args: argparse.Namespace, machine: Machine,
                 if first_run is not None and not first_run.is_trained:
                     bar.set_postfix_str("training what all begin with")
                     prepare(first_run, args, None)
-                    machine.call("train.py", train_options(first_run, args), first_run.folder / "train.log")
+                    machine.call(
+                        "train.py", train_options(first_run, args), first_run.folder / "train.log", args.processes
+                    )
                 bar.set_postfix_str("encoding pairs")
                 prepare(first, args, start)
                 options = train_options(first, args) | {"output": args.cache_dir, "encode_only": True}
-                machine.call("train.py", options | {"resume_from_checkpoint": None}, args.output / "encode.log")
+                options["resume_from_checkpoint"] = None
+                machine.call("train.py", options, args.output / "encode.log", args.processes)
             except RuntimeError as error:
                 return [f"before the rows: {error}"]
             bar.unpause()

@@ -229,7 +229,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     group.add_argument("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
     group.add_argument("--layerwise_casting", action="store_true", help="LoRA: the frozen weights rest in fp8")
     group.add_argument("--group_offload", action="store_true", help="LoRA: the frozen weights rest in host memory")
-    group.add_argument("--compile", action="store_true", help="compile the transformer's blocks")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks; on a CPU torch 2.14 gives no finite gradient where clips have as many"
+        " tokens as the transformer is wide",
+    )
     group.add_argument("--seed", type=int, default=0, help="of new weights, noise, order and dropout")
 
     group = parser.add_argument_group("losses", "Of these, `--stage connect` has the noise levels and --align_tokens.")

@@ -9,7 +9,7 @@ from accelerate.hooks import CpuOffload
 from components import TEXT_DIM, build_pipeline, make_clip
 from safetensors.torch import load_file
 
-from rvedit_diffusers import RVEDiTPipeline
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller
 from rvedit_diffusers.synthetic import SyntheticEdits, caption
 from rvedit_diffusers.training import cache
 from rvedit_diffusers.training.cache import (
@@ -258,6 +258,16 @@ def test_a_fingerprint_does_not_tell_where_the_weights_lie(tmp_path):
     (tmp_path / "two").symlink_to(tmp_path / "one")
     pipes = [RVEDiTPipeline.from_pretrained(tmp_path / name) for name in ("one", "two")]
     assert fingerprint(pipes[0], "tokens", "embeds") == fingerprint(pipes[1], "tokens", "embeds")
+
+
+@pytest.mark.parametrize("tokens, is_shared", [("tokens", False), ("states", True), ("none", True)])
+def test_transformers_of_other_widths_share_what_comes_before_the_connectors(pipe, tokens, is_shared):
+    before = fingerprint(pipe, tokens, "embeds")
+    config = pipe.distiller.config
+    wider = RVEDiTTokenDistiller(config.mllm_hidden_size, 2 * config.dim, config.num_edit_tokens, config.hidden_layer)
+    wider.queries = pipe.distiller.queries
+    pipe.distiller = wider
+    assert (fingerprint(pipe, tokens, "embeds") == before) == is_shared
 
 
 @pytest.mark.parametrize("name", ["vae", "mllm", "distiller", "text_encoder"])

@@ -43,6 +43,8 @@ def fingerprint(pipe: RVEDiTPipeline, tokens: str, text: str) -> str:
     configs = (dict(pipe.vae.config), pipe.mllm.config.to_dict(), dict(pipe.distiller.config))
     # not the folder that they were loaded from
     configs = [{name: value for name, value in each.items() if name != "_name_or_path"} for each in configs]
+    if tokens != "tokens":
+        del configs[-1]["dim"]  # of the connectors, that of the transformer
     settings = [VERSION, tokens, text, *configs]
     settings += [pipe.processor.to_dict(), pipe.processor.chat_template, pipe.processor.tokenizer.get_vocab()]
     settings += [pipe.tokenizer.get_vocab(), text_length(pipe)]
