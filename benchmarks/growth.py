@@ -145,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
             lines.append(f"| {' | '.join(cells)} | {slopes['ours']:.2f} | {slopes['wan']:.2f} |")
     result = {
         "ratios": {
-            f"{axis}_{quantity}_vs_wan": [a / b for a, b in zip(values[quantity]["ours"], values[quantity]["wan"])]
+            f"{axis}_{quantity}_vs_wan": statistics.median(
+                a / b for a, b in zip(values[quantity]["ours"], values[quantity]["wan"])
+            )
             for axis, values in found.items()
             for quantity in QUANTITIES
             if quantity in values

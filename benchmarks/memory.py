@@ -29,6 +29,7 @@ from models import (
     check_arguments,
     machine,
     make_tokens,
+    merge_text,
     publish,
     to_dtype,
 )
@@ -112,14 +113,25 @@ def live_bytes(module: nn.Module, call: Callable[[nn.Module], object]) -> int:
     return live.peak
 
 
-def stage_bytes(preset: Preset, tiled: bool) -> dict[str, int]:
-    """The most that each stage's operations hold at once; that of the MLLM is what its widest layer does."""
+def stage_bytes(preset: Preset, tiled: bool, with_context: bool) -> dict[str, int]:
+    """The most that each stage's operations hold at once; that of the MLLM is what its widest layer does.
+
+    Args:
+        preset ([`Preset`]): Sizes.
+        tiled (`bool`): Whether the VAE works in tiles.
+        with_context (`bool`): Whether keys and values are kept over the steps, which group offloading does not.
+    """
     dtype, cpu = torch.bfloat16, torch.device("cpu")
     num_frames, height, width = preset.clip_size
 
     def denoise(transformer: nn.Module) -> list:
         latents = torch.empty(1, preset.channels, *preset.latent_size, dtype=dtype)
-        contexts = [transformer.project_context(latents, **make_tokens(preset, cpu, dtype)) for _ in range(2)]
+        tokens = make_tokens(preset, cpu, dtype)
+        if not with_context:
+            return [transformer(latents, torch.empty(1), **tokens).sample for _ in range(2)]
+        contexts = [transformer.project_context(latents, **merge_text(tokens)) for _ in range(2)]
+        shared = {"rotary_emb": contexts[0].rotary_emb, "source_patches": contexts[0].source_patches}
+        contexts[1] = contexts[1]._replace(**shared)
         velocities = [transformer(latents, torch.empty(1), context=context).sample for context in contexts]
         return [contexts, velocities]
 
@@ -178,14 +190,16 @@ def streamed_blocks(module: nn.Module, entered: Sequence[str]) -> list[nn.Module
 def count(preset: Preset) -> dict[str, dict]:
     """Bytes by setting: of each stage, their most, and what an edit of 50 steps with guidance moves to the device."""
     found, names = {}, ("text_encoder", "mllm", "vae", "transformer")
-    operations = {tiled: stage_bytes(preset, tiled) for tiled in (False, True)}
+    made = {}
     for name, steps in SETTINGS.items():
         parts = dict(zip(names, build_parts(preset, *names)))
         if cast in steps:
             for part in ("text_encoder", "mllm", "transformer"):
                 fp8(parts[part])
         whole = {part: weights(module) for part, module in parts.items()}
-        place, made = steps[-1], operations[tile in steps]
+        place, kind = steps[-1], (tile in steps, offload_groups not in steps)
+        if kind not in made:
+            made[kind] = stage_bytes(preset, *kind)
         if place is stay:
             on_device, moved = dict.fromkeys(parts, sum(whole.values())), 0
         elif place is offload_models:
@@ -193,7 +207,7 @@ def count(preset: Preset) -> dict[str, dict]:
         else:
             on_device = {part: streamed_weights(module) for part, module in parts.items()}
             moved = sum(whole.values()) + whole["vae"] + (2 * STEPS - 1) * whole["transformer"]
-        stages = {stage: on_device[part] + made[stage] for stage, part in STAGES.items()}
+        stages = {stage: on_device[part] + made[kind][stage] for stage, part in STAGES.items()}
         found[name] = {"stages": stages, "peak": max(stages.values()), "moved": moved}
     return found
 
@@ -216,6 +230,8 @@ def stage_peaks(pipe: RVEDiTPipeline, device: torch.device) -> Iterator[dict[str
 
     def followed(stage: str, function: Callable) -> Callable:
         def call(*args, **kwargs):
+            if hasattr(pipe.vae, "_hf_hook"):
+                pipe.vae._hf_hook.pre_forward(pipe.vae)  # moves the model before it away, which is no part of this
             begin()
             result = function(*args, **kwargs)
             end(stage)
@@ -260,7 +276,7 @@ def measure(preset: Preset, device: torch.device, num_inference_steps: int) -> d
             torch.cuda.synchronize(device)
             seconds = time.perf_counter() - start
         found[name] = {"stages": peaks, "peak": max(peaks.values()), "seconds": seconds}
-        del pipe
+        del pipe, call
         gc.collect()  # hooks refer to the modules that refer to them
         torch.cuda.empty_cache()
     return found

@@ -27,12 +27,15 @@ from diffusers import (
     WanVACETransformer3DModel,
 )
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 from transformers import PreTrainedModel, UMT5Config, UMT5EncoderModel
 
 from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
+from rvedit_diffusers.pipeline_rvedit import TEXT_LENGTHS, merge_padding
 from rvedit_diffusers.tiny import build_text_tokenizer, build_tiny_mllm, build_tiny_mllm_processor
+from rvedit_diffusers.training.memory import num_bytes
 from rvedit_diffusers.training.options import computes_in_bfloat16
 
 
@@ -59,11 +62,14 @@ QWEN3_VL_4B = {
     "num_layers": 36,
     "num_heads": 32,
     "num_key_value_heads": 8,
+    "head_dim": 128,
     "intermediate_size": 9728,
     "vision_hidden_size": 1024,
     "vision_depth": 24,
     "vision_num_heads": 16,
     "vision_intermediate_size": 4096,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": (5, 11, 17),
     "patch_size": 16,
     "vocab_size": 151936,
 }
@@ -229,6 +235,12 @@ def make_tokens(preset: Preset, device: torch.device, dtype: torch.dtype, batch_
     }
 
 
+def merge_text(tokens: dict) -> dict:
+    """Arguments of `project_context` as the pipeline gives them, for a text that fits in what it cuts to."""
+    text, mask = merge_padding(tokens["encoder_hidden_states"], TEXT_LENGTHS)
+    return tokens | {"encoder_hidden_states": text, "encoder_attention_mask": mask}
+
+
 def build_pipelines(preset: Preset, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict:
     """Pipelines around one VAE, one text encoder and one scheduler's settings, with transformers of one size.
 
@@ -358,8 +370,8 @@ def measure_in_turns(
             add to them.
         repeats, warmups (`int`): Turns that count, and those before them that do not.
         prepare (`Callable`, *optional*): Gets the name of each action before its time begins.
-        with_resident (`bool`, defaults to `False`): Whether what lies on the device before an action counts as its
-            memory: it may be that of the others.
+        with_resident (`bool`, defaults to `False`): Whether all that lies on the device before an action counts as
+            its memory, though it may be that of the others. Of what does not, tensors that it is called with count.
 
     Returns:
         `tuple`: Seconds of each turn by name; and on CUDA the most memory in bytes of an action by name.
@@ -374,7 +386,8 @@ def measure_in_turns(
             if on_cuda:
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
-                resident = 0 if with_resident else torch.cuda.memory_allocated(device)
+                resident = torch.cuda.memory_allocated(device) - num_argument_bytes(action)
+                resident = 0 if with_resident else resident
             started = clock()
             action()
             if on_cuda:
@@ -383,6 +396,14 @@ def measure_in_turns(
             if turn >= warmups:
                 seconds[name].append(clock() - started)
     return seconds, memory
+
+
+def num_argument_bytes(action: Callable) -> int:
+    """Bytes of the tensors that a `partial` holds, such as a context that is computed once."""
+    if not isinstance(action, partial):
+        return 0
+    leaves = tree_leaves((action.args, action.keywords))
+    return num_bytes([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
 
 
 def turn_ratios(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> list[float]:

@@ -6,7 +6,7 @@ Nothing is run. Memory is counted on tensors without data for one block, and by 
 the FLOPs' at the speeds of matrix products and of attention, over the share of these that a step reaches, and of what
 GPUs send each other. `--measured` takes speeds and share from `inference.py`'s JSON of such a GPU; without it they are
 shares of the published speed that are assumed, and printed. `--check` compares what this would have said with what
-`training.py` measured on the machine of `--measured`.
+`training.py` measured on the machine of `--measured`; memory, elsewhere than on a GPU, with what it counted there.
 """
 
 import argparse
@@ -206,15 +206,19 @@ def speeds(args: argparse.Namespace) -> tuple[dict[str, float], float]:
 
 
 def check(args: argparse.Namespace) -> list[dict]:
-    """FLOPs and seconds of steps, predicted and measured."""
+    """FLOPs, memory and seconds of steps, predicted and measured."""
     found, (speed, share) = args.check_result, speeds(args)
     settings, rows = found["settings"], []
     preset = PRESETS[settings["preset"]["name"]]
     options = (settings["training_type"], settings["gradient_checkpointing"])
+    memory = count_memory(preset, *options)
+    memory["mllm"] = 0  # tokens of training.py come from the cache
+    memory["activations"] *= settings["batch_size"]
     for name, aligned in (("plain", False), ("align", True)):
         flops = step_flops(preset, *options, aligned, settings["align_blocks"])
         flops = {kind: settings["batch_size"] * value for kind, value in flops.items()}
         row = {"step": name, "flops": sum(flops.values()), "measured_flops": found["flops"][name]}
+        row |= {"memory": total_memory(memory, 1, "ddp"), "measured_memory": found["memory_bytes"][name]}
         if found["seconds"]:
             row["seconds"] = step_seconds(flops, speed, share)
             row["measured_seconds"] = sorted(found["seconds"][name])[len(found["seconds"][name]) // 2]
@@ -244,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     for name, label in (("activations", "activations"), ("mllm", "MLLM, which runs in every step")):
         lines.append(f"| {label} | {memory[name] / GIB:.1f} | {memory[name] / GIB:.1f} |")
     lines.append(f"| total | {totals['ddp'] / GIB:.1f} | {totals['fsdp2'] / GIB:.1f} |")
-    limit = f"{MEMORY_SHARE:.0%} of the {gpu.memory / GIB:.0f} GiB of one"
+    limit = f"{MEMORY_SHARE:.0%} of the {gpu.memory / GIB:.0f} GiB of one {args.gpu}"
     if fitting:
         launch = "python"
         if args.gpus > 1:
@@ -286,12 +290,14 @@ def main(argv: list[str] | None = None) -> None:
     lines.append(f"| all | {sum(args.recipe_steps):,} | {sum(hours):,.1f} | {sum(hours) * args.gpus:,.0f} |")
 
     # 3. Against what was measured
-    checked = check(args) if args.check else []
+    checked, ratios = check(args) if args.check else [], {}
     if checked:
-        lines.append("\n| step | FLOPs, predicted / counted | seconds, predicted / measured |\n|---|---|---|")
+        lines.append("\n| predicted / measured | FLOPs | memory | seconds |\n|---|---|---|---|")
     for row in checked:
-        timed = f"{row['seconds'] / row['measured_seconds']:.2f}" if "seconds" in row else "-"
-        lines.append(f"| {row['step']} | {row['flops'] / row['measured_flops']:.3f} | {timed} |")
+        errors = {name: row[name] / row[f"measured_{name}"] for name in ("flops", "memory", "seconds") if name in row}
+        cells = [f"{errors[name]:.2f}" if name in errors else "-" for name in ("flops", "memory", "seconds")]
+        lines.append(f"| {row['step']} | {' | '.join(cells)} |")
+        ratios |= {f"{row['step']}_{name}_vs_measured": error for name, error in errors.items()}
     settings = {name: value for name, value in vars(args).items() if not name.endswith("_result")}
     publish(
         args.output,
@@ -299,6 +305,7 @@ def main(argv: list[str] | None = None) -> None:
         argv,
         "\n".join(lines),
         {
+            "ratios": ratios,
             "settings": settings,
             "memory_bytes": memory | {f"total_{name}": total for name, total in totals.items()},
             "fits": bool(fitting),

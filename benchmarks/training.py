@@ -1,6 +1,6 @@
 """What the alignment adds to a training step: seconds, memory and FLOPs.
 
-    python benchmarks/training.py --preset wan-1.3b --training_type full --output training.json
+    python benchmarks/training.py --preset wan-1.3b --gradient_checkpointing --output training.json
     python benchmarks/training.py --preset wan-14b --device meta
 
 Three kinds of step take turns in one process, on the same random weights and random data:
@@ -13,11 +13,13 @@ Three kinds of step take turns in one process, on the same random weights and ra
 On a CPU, seconds are the process' own, summed over its threads: other programs do not add to them. Encoders and
 distiller do not run: their tokens come from the cache. FLOPs are those of matrix products, attention and
 convolutions, counted on tensors without data. Memory is the peak of a step with all weights and optimizer states:
-measured on CUDA, else what `training.memory` estimates for an accelerator. `--device meta` runs no step.
+measured on CUDA, else what `training.memory` estimates for an accelerator. `--device meta` runs no step. On CUDA a
+kind of step that is estimated to need more than there is is not run.
 """
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -164,8 +166,19 @@ def count_memory(args: argparse.Namespace) -> dict[str, int]:
     return {name: estimate_memory(branches[name], samples[name], args.batch_size)["total"] for name in STEPS}
 
 
-def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of the steps of each kind, which take turns, and on CUDA the most memory of a step of each kind."""
+def steps_that_fit(memory: dict[str, int], free: int) -> list[str]:
+    """Kinds of step that do not need more bytes than are free; ends the program if that is not even the plain one."""
+    names = [name for name in memory if memory[name] <= free]
+    if "plain" not in names:
+        raise SystemExit(
+            f"training.py: error: a plain step needs {memory['plain'] / 2**30:.1f} GiB, {free / 2**30:.1f} are free:"
+            " take --gradient_checkpointing, a smaller --preset, or --device meta, which runs none"
+        )
+    return names
+
+
+def time_steps(args: argparse.Namespace, names: Sequence[str]) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of the steps of these kinds, which take turns, and on CUDA the most memory of a step of each."""
     branches, samples = build_branches(args, args.device), make_samples(PRESETS[args.preset], args.align_tokens)
     batches = {name: make_batch(samples[name], args.batch_size, args.device) for name in STEPS}
     if args.compile:
@@ -180,7 +193,7 @@ def time_steps(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
         optimizer.step()
         optimizer.zero_grad()
 
-    steps = {name: partial(step, name) for name in STEPS}
+    steps = {name: partial(step, name) for name in names}
     return measure_in_turns(steps, args.device, args.steps, with_resident=True)
 
 
@@ -189,15 +202,17 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
 
     # 1. Count and time
-    flops = count_flops(args)
-    seconds, memory = ({}, {}) if args.device.type == "meta" else time_steps(args)
-    memory = memory or count_memory(args)
+    flops, memory, names = count_flops(args), count_memory(args), list(STEPS)
+    if args.device.type == "cuda":
+        names = steps_that_fit(memory, torch.cuda.mem_get_info(args.device)[0])
+    seconds, measured = ({}, {}) if args.device.type == "meta" else time_steps(args, names)
+    memory = measured or memory
 
     # 2. Ratios
     turns = {name: turn_ratios(seconds, name, "plain") for name in seconds}
     ratios = {
         "": {name: statistics.median(values) for name, values in turns.items()},
-        "memory_": {name: memory[name] / memory["plain"] for name in STEPS},
+        "memory_": {name: memory[name] / memory["plain"] for name in memory},
         "flops_": {name: flops[name] / flops["plain"] for name in STEPS},
     }
 
@@ -205,8 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     lines = ["| step | seconds (min-max) | / plain (min-max) | GiB | / plain | TFLOPs | / plain |"]
     lines.append("|---|---|---|---|---|---|---|")
     for name in STEPS:
-        timed = f"{spread(seconds[name], '.3g')} | {spread(turns[name], '.2f')}" if seconds else "- | -"
-        used = f"{memory[name] / 2**30:.2f} | {ratios['memory_'][name]:.2f}"
+        timed = f"{spread(seconds[name], '.3g')} | {spread(turns[name], '.2f')}" if name in seconds else "- | -"
+        used = f"{memory[name] / 2**30:.2f} | {ratios['memory_'][name]:.2f}" if name in memory else "- | -"
         lines.append(f"| {name} | {timed} | {used} | {flops[name] / 1e12:,.2f} | {ratios['flops_'][name]:.2f} |")
 
     # 4. JSON

@@ -631,8 +631,8 @@ def main(argv: list[str] | None = None) -> None:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output,
         kwargs_handlers=[
-            # the alignment heads rest in steps without the reference branch
-            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # the alignment heads rest in steps without the reference branch; no second copy of the gradients
+            DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True),
             # all wait while the main process scans the files
             InitProcessGroupKwargs(timeout=timedelta(hours=12)),
         ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -146,11 +146,14 @@ def build_tiny_mllm(
     num_layers: int = 2,
     num_heads: int = 2,
     num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
     intermediate_size: int | None = None,
     vision_hidden_size: int = 32,
     vision_depth: int = 2,
     vision_num_heads: int = 2,
     vision_intermediate_size: int | None = None,
+    num_position_embeddings: int = 256,
+    deepstack_visual_indexes: Sequence[int] = (0,),
     patch_size: int = 8,
     temporal_patch_size: int = 2,
     merge_size: int = 2,
@@ -165,12 +168,13 @@ def build_tiny_mllm(
         family: `"qwen2_5_vl"` or `"qwen3_vl"`.
         tokenizer: Gives the size of the vocabulary and the ids of the vision tokens. Default:
             `build_tiny_tokenizer()`.
-        hidden_size, num_layers, num_heads, num_key_value_heads, intermediate_size: Of the language model. The head
-            size, `hidden_size // num_heads`, must be a multiple of 4. Defaults: `num_heads` key-value heads, 3 *
-            `hidden_size`.
+        hidden_size, num_layers, num_heads, num_key_value_heads, head_dim, intermediate_size: Of the language model.
+            The head size must be a multiple of 4, and for Qwen2.5-VL the default. Defaults: `num_heads` key-value
+            heads, `hidden_size // num_heads`, 3 * `hidden_size`.
         vision_hidden_size, vision_depth, vision_num_heads, vision_intermediate_size: Of the vision tower. In
-            Qwen2.5-VL the last vision block attends to the whole frame, the others to windows; in Qwen3-VL block 0
-            feeds the first layer of the language model (DeepStack).
+            Qwen2.5-VL the last vision block attends to the whole frame, the others to windows.
+        num_position_embeddings, deepstack_visual_indexes: Of Qwen3-VL's vision tower: patches of its square of learned
+            positions, and blocks that feed the first layers of the language model (DeepStack).
         patch_size, temporal_patch_size, merge_size: One visual token covers `patch_size * merge_size` pixels squared
             and `temporal_patch_size` frames.
         tokens_per_second: Scale of the temporal positions (Qwen2.5-VL only).
@@ -181,7 +185,7 @@ def build_tiny_mllm(
     _check_family(family)
     tokenizer = build_tiny_tokenizer() if tokenizer is None else tokenizer
     token_id = tokenizer.convert_tokens_to_ids
-    head_dim = hidden_size // num_heads
+    head_dim = hidden_size // num_heads if head_dim is None else head_dim
     half = head_dim // 2
     spatial = half * 3 // 8
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [half - 2 * spatial, spatial, spatial]}
@@ -219,7 +223,10 @@ def build_tiny_mllm(
     else:
         config_class, model_class = Qwen3VLConfig, Qwen3VLForConditionalGeneration
         text |= {"rope_parameters": rope | {"mrope_interleaved": True}, "head_dim": head_dim}
-        vision |= {"num_position_embeddings": 256, "deepstack_visual_indexes": [0]}
+        vision |= {
+            "num_position_embeddings": num_position_embeddings,
+            "deepstack_visual_indexes": list(deepstack_visual_indexes),
+        }
     if initializer_range is not None:
         text["initializer_range"] = vision["initializer_range"] = initializer_range
     config = config_class(

@@ -31,6 +31,12 @@ def result(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+def test_what_a_call_is_given_counts_as_its_memory():
+    keys = (torch.zeros(3, dtype=torch.bfloat16), [torch.zeros(2)], None)
+    assert models.num_argument_bytes(partial(print, torch.zeros(5), end=keys)) == 4 * 5 + 2 * 3 + 4 * 2
+    assert models.num_argument_bytes(lambda: keys) == 0
+
+
 def test_ratios_are_those_of_the_times(result):
     assert list(result["ratios"]) == [
         "transformer_vs_wan",

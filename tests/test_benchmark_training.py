@@ -128,6 +128,13 @@ def test_wrong_options_end_before_a_model_is_built(options, message, monkeypatch
     assert message in capsys.readouterr().err
 
 
+def test_steps_that_do_not_fit_are_not_run():
+    memory = {"plain": 3 * 2**30, "align": 4 * 2**30, "naive": 9 * 2**30}
+    assert training.steps_that_fit(memory, 4 * 2**30) == ["plain", "align"]
+    with pytest.raises(SystemExit, match="a plain step needs 3.0 GiB, 2.0 are free: take --gradient_checkpointing"):
+        training.steps_that_fit(memory, 2 * 2**30)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("training_type", ["lora", "full"])
 @pytest.mark.parametrize("preset", ["wan-1.3b", "wan-5b", "wan-14b"])
