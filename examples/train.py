@@ -602,8 +602,8 @@ def unsupported(args: argparse.Namespace, accelerator: Accelerator) -> str | Non
         return "--distill_steps needs the model without its LoRA, which FSDP2 shares out with it: use DDP"
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         return "FSDP has to be of version 2: see examples/accelerate/fsdp2.yaml"
-    if is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3:
-        return "DeepSpeed has to be of ZeRO stage 1 or 2: FSDP2 shares out weights, too"
+    if is_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage not in (1, 2):
+        return "DeepSpeed has to be of ZeRO stage 1 or 2: DDP shares out nothing, and FSDP2 weights, too"
     return None
 
 
@@ -830,6 +830,8 @@ def main(argv: list[str] | None = None) -> None:
     averages = [p for name, module in modules.items() for p in module.parameters() if p.requires_grad]
     ema = EMAModel(averages, args.ema_decay) if args.ema_decay else None
     engine = model if is_deepspeed(accelerator) else None
+    if engine is not None:
+        engine.optimizer.check_grad_overflow = True  # or it steps with any gradient, and gives -1 as 1 for its norm
     step, spent, nonfinite, nonfinite_in_a_row = 0, 0.0, 0, 0
     if args.resume_from_checkpoint is not None:
         learned = (modules, branches.heads, optimizer, ema, averages, engine)
@@ -902,7 +904,8 @@ def main(argv: list[str] | None = None) -> None:
                 shown = (held_out, cached[1]) if len(held_out) else (pairs, cached[0])
                 folder = args.output / "validation" / f"step-{step:06d}"
                 wanted = (null_text, args.num_validation_edits, folder)
-                log_edits(accelerator, edit_held_out(accelerator, model, pipe, *shown, *wanted), step)
+                strips = edit_held_out(accelerator, model, pipe, *shown, *wanted, reuse_context=not args.group_offload)
+                log_edits(accelerator, strips, step)
                 pipe.vae = None
         return metrics
 
@@ -997,14 +1000,14 @@ def main(argv: list[str] | None = None) -> None:
             # The norm is that of all processes, so they agree on whether it is finite. To know it costs one wait for
             # the device a step.
             norm = float(accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))
+            if engine is not None and engine.optimizer.overflow:  # DeepSpeed has left out the step
+                norm = math.nan
             if math.isfinite(norm):
                 optimizer.step()
                 nonfinite_in_a_row = 0
                 if ema is not None:
                     ema.step(averages)
             else:
-                if engine is not None:
-                    fail(f"step {step + 1} had no finite gradient, and DeepSpeed has used it; go on from a checkpoint")
                 nonfinite, nonfinite_in_a_row = nonfinite + 1, nonfinite_in_a_row + 1
             scheduler.step()
             optimizer.zero_grad()

@@ -556,6 +556,27 @@ def test_offloaded_weights_train_the_same_adapter(model, cache, tmp_path, monkey
     assert 2 * 2 * count < there <= 2 * 3 * count and back == there + count
 
 
+def test_offloaded_weights_edit_without_a_context(model, cache, tmp_path, monkeypatch):
+    def project_context(*given, **named):
+        raise AssertionError("the weights are elsewhere")
+
+    monkeypatch.setattr(RVEDiTTransformer3DModel, "project_context", project_context)
+    options = ("--max_train_steps=1", "--validation_steps=1", "--num_validation_edits=1", "--report_to=none")
+    run(model, cache, tmp_path, *LORA, *options, "--gradient_checkpointing", "--group_offload")
+    assert len(list((tmp_path / "validation").rglob("*.png"))) == 1
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_stages_of_deepspeed_that_share_out_nothing_or_weights_are_refused(model, cache, tmp_path, stage):
+    args = train.parse_args(arguments(model, cache, tmp_path, *FULL))
+    accelerator = SimpleNamespace(
+        distributed_type=train.DistributedType.DEEPSPEED,
+        num_processes=2,
+        state=SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=stage)),
+    )
+    assert train.unsupported(args, accelerator).startswith("DeepSpeed has to be of ZeRO stage 1 or 2")
+
+
 def test_weights_in_fp8_train_nearly_the_same_adapter(model, cache, tmp_path):
     options = ("--max_train_steps=3", "--align_weight=0", "--gradient_checkpointing", *QUIET, *LORA)
     plain = run(model, cache, tmp_path / "plain", *options)
@@ -1096,6 +1117,13 @@ def test_noise_levels_and_positions_are_not_rounded_by_the_wrapper(runs_of_two):
             assert first[name] == pytest.approx(second[name], rel=0.02), (first["step"], name)
         bands = {name for name in first if "_sigma_" in name}
         assert bands == {name for name in second if "_sigma_" in name}
+
+
+@pytest.mark.parametrize("wrapper", ["single", "ddp", "fsdp2"])
+def test_a_model_is_saved_under_its_own_name(runs_of_two, wrapper):
+    configs = list((runs_of_two / "full" / wrapper).rglob("transformer/config.json"))
+    assert configs
+    assert {json.loads(path.read_text())["_class_name"] for path in configs} == {"RVEDiTTransformer3DModel"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

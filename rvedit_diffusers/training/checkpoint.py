@@ -75,6 +75,8 @@ def _write_module(folder: Path, module: nn.Module, tensors: dict[str, torch.Tens
         module.save_pretrained(folder, state_dict=tensors)
     else:
         module.save_config(folder)
+        path = folder / "config.json"  # of a model that FSDP2 shares out, with a class of its making
+        path.write_text(path.read_text().replace('"_class_name": "FSDP', '"_class_name": "'))
         save_torch_state_dict(
             tensors,
             folder,

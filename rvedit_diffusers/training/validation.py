@@ -182,6 +182,7 @@ def edit_held_out(
     null_text: dict[str, torch.Tensor],
     num_edits: int,
     folder: str | Path,
+    reuse_context: bool = True,
 ) -> list[Path]:
     """Edit clips with the weights as they are, from what the cache holds: of the encoders, only the VAE runs.
 
@@ -195,6 +196,8 @@ def edit_held_out(
         num_edits (`int`): Of the first pairs.
         folder (`str` or `Path`): Gets `0-make-it-blue.mp4`, the edit; `0-make-it-blue.png`, frames of the source, the
             edit and the true edit below each other; and `0-make-it-blue.gif`, the three side by side.
+        reuse_context (`bool`, defaults to `True`): See [`RVEDiTPipeline.__call__`]; not where weights of the
+            transformer are on its device in `forward` alone.
 
     Returns:
         `list[Path]`: all strips, on every process.
@@ -232,6 +235,7 @@ def edit_held_out(
                 width=source.shape[2],
                 fps=pairs.fps(index),
                 generator=generator("validation edit", index),
+                reuse_context=reuse_context,
                 **arguments,
             ).frames[0]
         if counts:
