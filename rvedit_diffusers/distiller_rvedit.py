@@ -11,6 +11,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -210,12 +211,13 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
         """Project harvested states to the transformer's width.
 
         Args:
-            edit_states (`torch.Tensor` of shape `(batch, num_edit_tokens, mllm_hidden_size)`): Any floating dtype.
-            visual_states (`torch.Tensor` of shape `(batch, num_visual, mllm_hidden_size)`): Any floating dtype.
+            edit_states (`torch.Tensor` of shape `(batch, num_edit_tokens, mllm_hidden_size)`): Any floating dtype, on
+                any device.
+            visual_states (`torch.Tensor` of shape `(batch, num_visual, mllm_hidden_size)`): Likewise.
 
         Returns:
             `tuple`: `edit_hidden_states` `(batch, num_edit_tokens, dim)` and `visual_hidden_states`
-            `(batch, num_visual, dim)` in this model's dtype.
+            `(batch, num_visual, dim)` in this model's dtype and on its device.
 
         Raises:
             ValueError: If the last dimension of an argument is not `mllm_hidden_size`.
@@ -226,7 +228,9 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
                     f"`{name}` must have shape (batch, seq, {self.config.mllm_hidden_size}),"
                     f" got {tuple(states.shape)}."
                 )
-        return self.edit_connector(edit_states.to(self.dtype)), self.visual_connector(visual_states.to(self.dtype))
+        device = get_module_execution_device(self)
+        edit_states, visual_states = (states.to(device, self.dtype) for states in (edit_states, visual_states))
+        return self.edit_connector(edit_states), self.visual_connector(visual_states)
 
     def forward(
         self, mllm: PreTrainedModel, inputs: Mapping[str, torch.Tensor], return_dict: bool = True

@@ -34,9 +34,12 @@ class RVEDiTLoraLoaderMixin(CogVideoXLoraLoaderMixin):
         As [`~diffusers.loaders.WanLoraLoaderMixin.load_lora_weights`]; see `lora_state_dict` for what is read.
 
         Raises:
-            `ValueError`: if weights are offloaded to disk. So do `unload_lora_weights`, `delete_adapters`, `fuse_lora`
-                and `unfuse_lora`.
+            `ValueError`: if `load_into_transformer_2` is true, as there is one transformer, or if weights are
+                offloaded to disk. For the latter so do `unload_lora_weights`, `delete_adapters`, `fuse_lora` and
+                `unfuse_lora`.
         """
+        if kwargs.pop("load_into_transformer_2", False):
+            raise ValueError("`load_into_transformer_2` has to be False, got True: there is one transformer")
         self._check_nothing_is_on_disk()
         super().load_lora_weights(*args, **kwargs)
 

@@ -161,6 +161,13 @@ def test_forward_is_harvest_then_connect(processor, mllm):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+def test_states_are_brought_to_where_the_connectors_are():
+    with torch.device("meta"):
+        distiller = RVEDiTTokenDistiller(mllm_hidden_size=8, dim=4, num_edit_tokens=2)
+    edit, visual = distiller.connect(torch.zeros(1, 2, 8), torch.zeros(1, 3, 8, dtype=torch.bfloat16))
+    assert (edit.device.type, edit.shape, visual.shape) == ("meta", (1, 2, 4), (1, 3, 4))
+
+
 def test_streams_have_their_own_connectors():
     distiller = make_distiller()
     states = torch.randn(2, 5, HIDDEN_SIZE)

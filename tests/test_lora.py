@@ -55,6 +55,15 @@ def test_saved_and_loaded_adapter_gives_the_same_edit(lora_pipe, tmp_path):
     assert_same(edit(fresh), expected)
 
 
+def test_a_second_transformer_is_refused(lora_pipe, tmp_path):
+    RVEDiTPipeline.save_lora_weights(tmp_path, lora_pipe.transformer)
+    other = build_pipeline()
+    with pytest.raises(ValueError, match="`load_into_transformer_2` has to be False, got True"):
+        other.load_lora_weights(tmp_path, load_into_transformer_2=True)
+    other.load_lora_weights(tmp_path, load_into_transformer_2=False)
+    assert other.get_active_adapters()
+
+
 def test_state_dict_with_metadata_keeps_alpha(lora_pipe, tmp_path):
     RVEDiTPipeline.save_lora_weights(
         tmp_path,
