@@ -36,7 +36,7 @@ from diffusers.training_utils import EMAModel
 from huggingface_hub import snapshot_download
 from tqdm import tqdm
 
-from rvedit_diffusers import RVEDiTPipeline, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
+from rvedit_diffusers import RVEDiTPipeline, RVEDiTProcessor, RVEDiTTokenDistiller, RVEDiTTransformer3DModel
 from rvedit_diffusers.conversion import record_stage
 from rvedit_diffusers.hub import open_repository, upload, write_card
 from rvedit_diffusers.losses import edit_region_weight, flow_matching_loss, velocity_loss
@@ -491,8 +491,11 @@ def check_table(args: argparse.Namespace, option: str) -> None:
     read_pairs(getattr(args, option), *columns_of(args), data_root=args.data_root, option=option)
 
 
-def load_pairs(args: argparse.Namespace, option: str, fps: float, pixels: tuple[int, int]) -> EditPairs:
+def load_pairs(
+    args: argparse.Namespace, option: str, processor: RVEDiTProcessor, pixels: tuple[int, int]
+) -> EditPairs:
     """The pairs that `--train_data` or `--validation_data` names; prints what was kept, trimmed and dropped."""
+    fps = processor.default_fps
     data = getattr(args, option)
     for bucket in args.buckets:
         bucket.check(*pixels)
@@ -511,7 +514,8 @@ def load_pairs(args: argparse.Namespace, option: str, fps: float, pixels: tuple[
         return SyntheticPairs(edits, count, float(args.fps or fps), captioned=args.stage == "connect")
     pairs = read_pairs(data, *columns_of(args), data_root=args.data_root, option=option)
     record = args.cache_dir / "files.jsonl"
-    plans, dropped = plan_pairs(pairs, args.buckets, args.fps, record=record)
+    control_tokens = processor.tokenizer.get_added_vocab()
+    plans, dropped = plan_pairs(pairs, args.buckets, args.fps, record=record, control_tokens=control_tokens)
     print(describe_plans(plans, dropped))
     if not plans:
         raise ValueError(f"--{option} {data} has no pair that can be used")
@@ -520,10 +524,12 @@ def load_pairs(args: argparse.Namespace, option: str, fps: float, pixels: tuple[
     return FilePairs(plans, record)
 
 
-def split_pairs(args: argparse.Namespace, pairs: EditPairs, fps: float, pixels: tuple[int, int]) -> list[EditPairs]:
+def split_pairs(
+    args: argparse.Namespace, pairs: EditPairs, processor: RVEDiTProcessor, pixels: tuple[int, int]
+) -> list[EditPairs]:
     """Pairs to train on and pairs to validate on, of which there may be none."""
     if args.validation_data is not None:
-        held_out = load_pairs(args, "validation_data", fps, pixels)
+        held_out = load_pairs(args, "validation_data", processor, pixels)
         trained_on = {pairs.key(index) for index in range(len(pairs))}
         if common := sum(held_out.key(index) in trained_on for index in range(len(held_out))):
             raise ValueError(
@@ -720,9 +726,8 @@ def main(argv: list[str] | None = None) -> None:
     pipe.set_progress_bar_config(disable=True)
     patch_size = transformer_config["patch_size"]
     pixels = (pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial * patch_size[1])
-    fps = pipe.processor.default_fps
-    pairs = of_main_process(load_pairs, args, "train_data", fps, pixels)
-    pairs, held_out = of_main_process(split_pairs, args, pairs, fps, pixels)
+    pairs = of_main_process(load_pairs, args, "train_data", pipe.processor, pixels)
+    pairs, held_out = of_main_process(split_pairs, args, pairs, pipe.processor, pixels)
     tokens = {"all": "none", "connectors": "states", "none": "tokens"}[args.train_distiller]
     text = "ids" if args.train_text_encoder else "embeds"
     draws = Draws(

@@ -935,7 +935,7 @@ def test_as_many_scenes_validate_as_are_asked_for(model, table, tmp_path, capsys
     args = train.parse_args(
         arguments(model, tmp_path, tmp_path, f"--train_data={table}", "--validation_data=synthetic", "--num_pairs=900")
     )
-    assert len(train.load_pairs(args, "validation_data", 8.0, (4, 16))) == 2
+    assert len(train.load_pairs(args, "validation_data", SimpleNamespace(default_fps=8.0), (4, 16))) == 2
 
 
 def test_gradients_that_the_launcher_accumulates_otherwise_end_the_run(model, tmp_path, capsys, monkeypatch):

@@ -481,9 +481,13 @@ def test_every_reason_to_drop_a_pair(tmp_path):
         "different aspect ratios": (with_edited("square.mp4", 5), "source 32x16, edited 32x32: 100% apart"),
         "an image and a clip": (with_edited("image.png", 6), "source has 9 frames, edited has 1"),
         "empty instruction": (Pair(good.source, good.edited, "", 7), "the instruction is empty"),
+        "control token": (
+            Pair(good.source, good.edited, "do it<|im_end|>", 9),
+            r"the instruction contains '<\|im_end",
+        ),
     }
     pairs = [good, *(pair for pair, _ in expected.values()), with_edited(".", 8)]
-    plans, dropped = plan_pairs(pairs, parse_buckets("9x16x32,5x16x32"), num_workers=2)
+    plans, dropped = plan_pairs(pairs, parse_buckets("9x16x32,5x16x32"), num_workers=2, control_tokens=["<|im_end|>"])
     assert [plan.pair for plan in plans] == [good]
     assert [item.pair for item in dropped] == pairs[1:]
     assert [item.kind for item in dropped] == [*expected, "unreadable file"]

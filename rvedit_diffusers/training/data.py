@@ -8,7 +8,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -314,6 +314,7 @@ def plan_pairs(
     fps: float | Fraction | None = None,
     num_workers: int = 8,
     record: str | os.PathLike | None = None,
+    control_tokens: Collection[str] = (),
 ) -> tuple[list[Plan], list[Dropped]]:
     """
     Decode all files to their end, and decide for each pair how it is loaded, or why it cannot be.
@@ -335,11 +336,13 @@ def plan_pairs(
         num_workers (`int`, defaults to 8): files decoded at a time.
         record (`str` or `os.PathLike`, *optional*): file of a [`ScanRecord`]. Files that it knows are not decoded, and
             what the others hold is written to it, each at once, so that a scan that was stopped goes on from there.
+        control_tokens (`Collection[str]`): what no instruction may contain, as its tokenizer reads it as more than
+            text.
 
     Returns:
         `tuple[list[Plan], list[Dropped]]`: each in the order of `pairs`. A pair is dropped if its instruction is
-        empty; a file is missing, unreadable or damaged; the aspect ratios of its clips differ by more than 5 %; one
-        is an image and the other is not; or it is shorter than every bucket.
+        empty or contains a control token; a file is missing, unreadable or damaged; the aspect ratios of its clips
+        differ by more than 5 %; one is an image and the other is not; or it is shorter than every bucket.
 
     Raises:
         ValueError: `buckets` is empty, or `fps` is out of range.
@@ -351,7 +354,7 @@ def plan_pairs(
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"`fps` must be above 0, got {fps}")
         fps = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
-    plan_pair = partial(_plan_pair, buckets=buckets, fps=fps, record=ScanRecord(record))
+    plan_pair = partial(_plan_pair, buckets=buckets, fps=fps, record=ScanRecord(record), control_tokens=control_tokens)
     with ThreadPoolExecutor(num_workers) as executor:
         scanned = list(tqdm(executor.map(plan_pair, pairs), desc="scanning", unit="pair", total=len(pairs)))
     return [item for item in scanned if isinstance(item, Plan)], [
@@ -359,10 +362,14 @@ def plan_pairs(
     ]
 
 
-def _plan_pair(pair: Pair, buckets: Sequence[Bucket], fps: Fraction | None, record: ScanRecord) -> Plan | Dropped:
-    # 1. Both files are there and whole
+def _plan_pair(
+    pair: Pair, buckets: Sequence[Bucket], fps: Fraction | None, record: ScanRecord, control_tokens: Collection[str]
+) -> Plan | Dropped:
+    # 1. The instruction is text, and both files are there and whole
     if not pair.instruction:
         return Dropped(pair, "empty instruction", "the instruction is empty")
+    if token := next((token for token in control_tokens if token in pair.instruction), None):
+        return Dropped(pair, "control token", f"the instruction contains {token!r}, a control token of the MLLM")
     infos = []
     for name, path in (("source", pair.source), ("edited", pair.edited)):
         try:
