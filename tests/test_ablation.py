@@ -111,7 +111,7 @@ def run(grid, output, *options):
     config.write_text(json.dumps(grid))
     called = []
 
-    def call(machine, script, options, log):
+    def call(machine, script, options, log, num_threads=1):
         called.append((script, Path(options["output"])))
         AcceleratorState._reset_state(reset_partial_state=True)
         torch.backends.cuda.enable_flash_sdp(True)  # as in a process of its own
