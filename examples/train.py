@@ -373,6 +373,15 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     check_alignment(parser, args)
     if args.training_type == "full" and (args.layerwise_casting or args.group_offload):
         parser.error("--layerwise_casting and --group_offload are for frozen weights: --training_type lora has them")
+    for name in ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets") if args.training_type == "full" else ():
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --training_type lora, but that is full")
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps not in (0, parser.get_default("lr_warmup_steps")):
+        parser.error("--lr_warmup_steps is for schedulers with a warmup: --lr_scheduler constant_with_warmup is one")
+    if args.validation_data not in (None, "synthetic") and args.num_validation_pairs is not None:
+        parser.error(
+            "--num_validation_pairs is of pairs that are held out or synthetic; of --validation_data all count"
+        )
     for name in ("layerwise_casting", "group_offload"):
         if getattr(args, name) and not args.gradient_checkpointing:
             parser.error(f"--{name} needs --gradient_checkpointing: else every weight is kept for the backward pass")
@@ -514,8 +523,9 @@ def load_pairs(
         return SyntheticPairs(edits, count, float(args.fps or fps), captioned=args.stage == "connect")
     pairs = read_pairs(data, *columns_of(args), data_root=args.data_root, option=option)
     record = args.cache_dir / "files.jsonl"
-    control_tokens = processor.tokenizer.get_added_vocab()
-    plans, dropped = plan_pairs(pairs, args.buckets, args.fps, record=record, control_tokens=control_tokens)
+    plans, dropped = plan_pairs(
+        pairs, args.buckets, args.fps, record=record, find_control_token=processor.find_control_token
+    )
     print(describe_plans(plans, dropped))
     if not plans:
         raise ValueError(f"--{option} {data} has no pair that can be used")

@@ -335,12 +335,17 @@ class RVEDiTProcessor(ProcessorMixin):
         for index, instruction in enumerate(text):
             if not isinstance(instruction, str):
                 raise TypeError(f"`text[{index}]` must be a string, got {type(instruction).__name__}.")
-            if match := self._added_token_pattern.search(instruction):
+            if token := self.find_control_token(instruction):
                 raise ValueError(
-                    f"`text[{index}]` contains {match.group()!r}, a control token of the MLLM's tokenizer:"
+                    f"`text[{index}]` contains {token!r}, a control token of the MLLM's tokenizer:"
                     " instructions are plain text."
                 )
         return list(text)
+
+    def find_control_token(self, instruction: str) -> str | None:
+        """The first of the tokenizer's added tokens in an instruction, which may have none; `None` if it has none."""
+        match = self._added_token_pattern.search(instruction)
+        return match and match.group()
 
     def _check_fps(self, fps: float | Sequence[float] | None, num_clips: int) -> list[float]:
         if fps is None or isinstance(fps, numbers.Real):

@@ -874,6 +874,13 @@ def test_trains_on_files(model, table, tmp_path, capsys):
     assert "2 pairs to train on, 1 to validate on" in printed
 
 
+def test_an_instruction_with_a_control_token_is_dropped_by_the_scan(model, table, tmp_path, capsys):
+    metadata = table / "metadata.csv"
+    metadata.write_text(metadata.read_text().replace("make the square blue", "make the square blue<|im_end|>", 1))
+    train.main(arguments(model, tmp_path / "cache", tmp_path / "out", f"--train_data={table}", "--dry_run"))
+    assert "contains '<|im_end|>', a control token" in capsys.readouterr().out
+
+
 def test_a_dry_run_scans_and_estimates(model, table, tmp_path, capsys):
     options = (f"--train_data={table}", "--dry_run")
     train.main([f"--model={model}", f"--output={tmp_path / 'out'}", "--buckets=5x32x32", *options])
@@ -987,6 +994,8 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
             '{"training_type": "full", "layerwise_casting": true, "gradient_checkpointing": true}',
             "are for frozen weights",
         ),
+        ('{"training_type": "full", "lora_targets": "to_q"}', "--lora_targets is for --training_type lora"),
+        ('{"lr_scheduler": "constant", "lr_warmup_steps": 5}', "--lr_warmup_steps is for schedulers with a warmup"),
         ('{"group_offload": true}', "--group_offload needs --gradient_checkpointing"),
         ('{"layerwise_casting": true}', "--layerwise_casting needs --gradient_checkpointing"),
         ('{"push_to_hub": true}', "--hub_model_id"),

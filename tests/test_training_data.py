@@ -486,8 +486,14 @@ def test_every_reason_to_drop_a_pair(tmp_path):
             r"the instruction contains '<\|im_end",
         ),
     }
+
+    def find_control_token(instruction):
+        return "<|im_end|>" if "<|im_end|>" in instruction else None
+
     pairs = [good, *(pair for pair, _ in expected.values()), with_edited(".", 8)]
-    plans, dropped = plan_pairs(pairs, parse_buckets("9x16x32,5x16x32"), num_workers=2, control_tokens=["<|im_end|>"])
+    plans, dropped = plan_pairs(
+        pairs, parse_buckets("9x16x32,5x16x32"), num_workers=2, find_control_token=find_control_token
+    )
     assert [plan.pair for plan in plans] == [good]
     assert [item.pair for item in dropped] == pairs[1:]
     assert [item.kind for item in dropped] == [*expected, "unreadable file"]

@@ -8,7 +8,7 @@ import os
 import re
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -314,7 +314,7 @@ def plan_pairs(
     fps: float | Fraction | None = None,
     num_workers: int = 8,
     record: str | os.PathLike | None = None,
-    control_tokens: Collection[str] = (),
+    find_control_token: Callable[[str], str | None] = lambda instruction: None,
 ) -> tuple[list[Plan], list[Dropped]]:
     """
     Decode all files to their end, and decide for each pair how it is loaded, or why it cannot be.
@@ -336,8 +336,8 @@ def plan_pairs(
         num_workers (`int`, defaults to 8): files decoded at a time.
         record (`str` or `os.PathLike`, *optional*): file of a [`ScanRecord`]. Files that it knows are not decoded, and
             what the others hold is written to it, each at once, so that a scan that was stopped goes on from there.
-        control_tokens (`Collection[str]`): what no instruction may contain, as its tokenizer reads it as more than
-            text.
+        find_control_token (`Callable`, *optional*): as [`RVEDiTProcessor.find_control_token`], of the processor that
+            is to read the instructions.
 
     Returns:
         `tuple[list[Plan], list[Dropped]]`: each in the order of `pairs`. A pair is dropped if its instruction is
@@ -354,7 +354,9 @@ def plan_pairs(
         if not (math.isfinite(fps) and fps > 0):
             raise ValueError(f"`fps` must be above 0, got {fps}")
         fps = fps if isinstance(fps, Fraction) else Fraction(fps).limit_denominator(1001)
-    plan_pair = partial(_plan_pair, buckets=buckets, fps=fps, record=ScanRecord(record), control_tokens=control_tokens)
+    plan_pair = partial(
+        _plan_pair, buckets=buckets, fps=fps, record=ScanRecord(record), find_control_token=find_control_token
+    )
     with ThreadPoolExecutor(num_workers) as executor:
         scanned = list(tqdm(executor.map(plan_pair, pairs), desc="scanning", unit="pair", total=len(pairs)))
     return [item for item in scanned if isinstance(item, Plan)], [
@@ -363,12 +365,16 @@ def plan_pairs(
 
 
 def _plan_pair(
-    pair: Pair, buckets: Sequence[Bucket], fps: Fraction | None, record: ScanRecord, control_tokens: Collection[str]
+    pair: Pair,
+    buckets: Sequence[Bucket],
+    fps: Fraction | None,
+    record: ScanRecord,
+    find_control_token: Callable[[str], str | None],
 ) -> Plan | Dropped:
     # 1. The instruction is text, and both files are there and whole
     if not pair.instruction:
         return Dropped(pair, "empty instruction", "the instruction is empty")
-    if token := next((token for token in control_tokens if token in pair.instruction), None):
+    if token := find_control_token(pair.instruction):
         return Dropped(pair, "control token", f"the instruction contains {token!r}, a control token of the MLLM")
     infos = []
     for name, path in (("source", pair.source), ("edited", pair.edited)):
