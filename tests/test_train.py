@@ -877,7 +877,8 @@ def test_trains_on_files(model, table, tmp_path, capsys):
 def test_an_instruction_with_a_control_token_is_dropped_by_the_scan(model, table, tmp_path, capsys):
     metadata = table / "metadata.csv"
     metadata.write_text(metadata.read_text().replace("make the square blue", "make the square blue<|im_end|>", 1))
-    train.main(arguments(model, tmp_path / "cache", tmp_path / "out", f"--train_data={table}", "--dry_run"))
+    options = (f"--train_data={table}", "--num_validation_pairs=0", "--dry_run")
+    train.main(arguments(model, tmp_path / "cache", tmp_path / "out", *options))
     assert "contains '<|im_end|>', a control token" in capsys.readouterr().out
 
 
