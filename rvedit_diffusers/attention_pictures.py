@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 CELL, PANEL = 128, 224  # longer side of a frame in pixels, in the picture and in the clip
 GAP, LEFT, RIGHT = 6, 176, 132
 MAX_WIDTH = 16384  # of a clip in H.264
-SCALE_HEIGHT = 76  # at least, of a bar of colours: the notes beside it have five lines
+NOTE_HEIGHT = 15  # of a line beside a bar of colours
 TITLE, TEXT, SMALL = (ImageFont.load_default(size=size) for size in (16, 14, 12))
 # black over violet and red to yellow, in equal steps
 RAMP = np.float32([(0, 0, 4), (66, 10, 104), (147, 38, 103), (221, 81, 58), (252, 165, 10), (252, 255, 164)])
@@ -139,7 +139,8 @@ def write_attention_picture(
     full_width = max(LEFT + len(columns) * part, 640)
     footnotes = [line for note in footnotes for line in textwrap.wrap(note, full_width // 6)]
     top = 68
-    scale_height = max(height, SCALE_HEIGHT)
+    num_notes = max((len(heat.notes) for column in columns for heat in column.maps.values()), default=0)
+    scale_height = max(height, NOTE_HEIGHT * (num_notes + 2))  # between the numbers at both ends of the bar
     line_height = scale_height + GAP
     full_height = top + (2 + len(labels)) * line_height + 16 * len(footnotes) + 2 * GAP
     picture = Image.new("RGB", (full_width, full_height), "white")
@@ -190,7 +191,7 @@ def _draw_scale(picture: Image.Image, x: int, y: int, height: int, highest: floa
     draw.text((x + 14, y), f"{number(highest)} {heat.unit}", fill="black", font=SMALL)
     draw.text((x + 14, y + height), "0", fill="black", font=SMALL, anchor="ls")
     for line, text in enumerate(heat.notes):
-        y_text = y + height / 2 + 15 * (line - (len(heat.notes) - 1) / 2)
+        y_text = y + height / 2 + NOTE_HEIGHT * (line - (len(heat.notes) - 1) / 2)
         draw.text((x + 14, y_text), text, fill="dimgrey", font=SMALL, anchor="lm")
 
 

@@ -46,7 +46,8 @@ def test_outline_runs_inside_of_its_places():
     assert not is_outlined[:, [0, 1, 2, 3, 5, 6, 7]].any()
 
 
-def test_texts_of_a_wide_clip_do_not_overlap(tmp_path, monkeypatch):
+@pytest.mark.parametrize("num_notes", [0, 3, 4])
+def test_texts_of_a_wide_clip_do_not_overlap(tmp_path, monkeypatch, num_notes):
     boxes, text = [], ImageDraw.ImageDraw.text
 
     def record(self, xy, string, *args, **kwargs):
@@ -54,7 +55,7 @@ def test_texts_of_a_wide_clip_do_not_overlap(tmp_path, monkeypatch):
         text(self, xy, string, *args, **kwargs)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
-    heat = HeatMap(np.ones((NUM_FRAMES, 2, 2), np.float32), "%", ["30 tokens", "0 to 1", "changed: 1"])
+    heat = HeatMap(np.ones((NUM_FRAMES, 2, 2), np.float32), "%", ["changed: 1"] * num_notes)
     column = Column("a pipeline", make_clip(height=32, width=96), np.zeros((NUM_FRAMES, 2, 2), bool), {LABEL: heat})
     write_attention_picture(tmp_path / "a.png", "a title", make_clip(height=32, width=96), [column])
     for index, (left, top, right, bottom) in enumerate(boxes):
