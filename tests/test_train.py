@@ -98,9 +98,12 @@ def arguments(model, cache, output, *options):
         "num_workers": 0,
         "logging_steps": 1,
         "checkpointing_steps": 3,
-        "num_validation_pairs": 2,
         "num_validation_edits": 1,
     }
+    if not any(
+        option.startswith("--validation_data=") and option != "--validation_data=synthetic" for option in options
+    ):
+        values["num_validation_pairs"] = 2
     return [*(f"--{name}={value}" for name, value in values.items()), *options]
 
 
@@ -997,6 +1000,7 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ),
         ('{"training_type": "full", "lora_targets": "to_q"}', "--lora_targets is for --training_type lora"),
         ('{"lr_scheduler": "constant", "lr_warmup_steps": 5}', "--lr_warmup_steps is for schedulers with a warmup"),
+        ('{"validation_data": "pairs.csv", "num_validation_pairs": 4}', "--num_validation_pairs is of pairs that are"),
         ('{"group_offload": true}', "--group_offload needs --gradient_checkpointing"),
         ('{"layerwise_casting": true}', "--layerwise_casting needs --gradient_checkpointing"),
         ('{"push_to_hub": true}', "--hub_model_id"),
