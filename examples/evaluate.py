@@ -192,10 +192,19 @@ def check_arguments(parser: Parser, args: argparse.Namespace) -> None:
         parser.error(f"--data: the folder of the benchmark {args.benchmark} is missing")
     if is_public and args.model == "vae-ceiling":
         parser.error("--model vae-ceiling needs true edits, which public benchmarks do not have")
-    others = ("levels", "operations", "kinds", "no_twins", "unseen_photos") if is_public else ("data", "limit")
-    for option in others:
-        if getattr(args, option):
+    for_levels = ("levels", "operations", "kinds", "no_twins", "unseen_photos")
+    for_synthetic = (*for_levels, "num_samples", "seed", "batch_size", "num_workers")
+    for option in for_synthetic if is_public else ("data", "limit"):
+        if getattr(args, option) != parser.get_default(option):
             parser.error(f"--{option} is not for --benchmark {args.benchmark}")
+    if is_public and args.model == "copy-source":
+        for option in ("vae", "height", "width"):
+            if getattr(args, option) is not None:
+                parser.error(f"--{option}: --model copy-source gives back the clips of {args.benchmark} as they are")
+    if args.no_twins and args.operations is not None:
+        parser.error("--no_twins is for levels: single edits have no twins")
+    if args.benchmark == "ivebench" and args.output.resolve().is_relative_to(args.data.resolve()):
+        parser.error(f"--output {args.output}: has to lie outside of --data {args.data}, all of which is searched")
     if args.unseen_photos and args.operations is None:
         parser.error("--unseen_photos is for --operations: the levels always show photographs never trained on")
     if is_public and args.num_frames == 1:

@@ -347,6 +347,18 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
                 parser.error(f"--levels and --{name} are two ways to say what `synthetic` shows: give one")
         if args.train_data != "synthetic":
             parser.error(f"--levels is for --train_data synthetic, but that is {args.train_data}")
+    is_shown = "synthetic" in (args.train_data, args.validation_data)
+    for name, is_used in (
+        ("num_pairs", args.train_data == "synthetic"),
+        ("operations", is_shown),
+        ("edits_per_scene", is_shown),
+    ):
+        if not is_used and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --train_data synthetic, but that is {args.train_data}")
+    if {args.train_data, args.validation_data} <= {"synthetic", None}:
+        for name in ("data_root", "columns", "source_column", "edited_column", "instruction_column", "strict"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} is for tables of pairs, but --train_data is {args.train_data}")
     if args.kinds is not None:
         if args.levels is None:
             parser.error("--kinds is for --levels; single edits have --operations")
@@ -612,6 +624,10 @@ def unsupported(args: argparse.Namespace, accelerator: Accelerator) -> str | Non
     if accelerator.distributed_type == DistributedType.FSDP:
         if args.layerwise_casting or args.optimizer in ("muon", "adamw8bit"):
             return "--layerwise_casting and --optimizer muon or adamw8bit need whole weights, which FSDP2 shares out"
+    if is_deepspeed(accelerator) and (args.layerwise_casting or args.distill_steps is not None):
+        return (
+            "--layerwise_casting and --distill_steps run the model outside of DeepSpeed, which casts inside: use DDP"
+        )
     if is_deepspeed(accelerator) and args.optimizer == "muon":
         return "--optimizer muon needs matrices, which DeepSpeed flattens"
     if accelerator.distributed_type == DistributedType.FSDP and args.distill_steps is not None:
@@ -716,6 +732,7 @@ def main(argv: list[str] | None = None) -> None:
         transformer_config = RVEDiTTransformer3DModel.load_config(base, subfolder="transformer")
         with torch.device("meta"):  # what cannot be built is found out before anything is loaded or encoded
             skeleton = RVEDiTTransformer3DModel.from_config(transformer_config)
+            transformer_config = skeleton.config  # with the defaults
             if args.training_type != "full":
                 for parameter in skeleton.parameters():
                     parameter.data = parameter.data.to(half)
@@ -729,6 +746,13 @@ def main(argv: list[str] | None = None) -> None:
                 config = RVEDiTTokenDistiller.load_config(base, subfolder="distiller")
                 skeleton = ConnectingBranches(skeleton, RVEDiTTokenDistiller.from_config(config))
         pipe = RVEDiTPipeline.from_pretrained(base, transformer=None, torch_dtype=dtypes)
+        channels = pipe.vae.config.z_dim
+        for name in ("in_channels", *["source_channels"] * is_edit):
+            if transformer_config[name] != channels:
+                raise ValueError(
+                    f"`transformer` has to have the {name} {channels}, as many as the latents of clips, but has"
+                    f" {transformer_config[name]}"
+                )
         if args.distill_steps is not None:
             check_teacher(pipe)
     except Exception as error:  # files, the network and the Hub's client fail in many ways
@@ -754,7 +778,14 @@ def main(argv: list[str] | None = None) -> None:
     global_batch_size = args.train_batch_size * num_processes * args.gradient_accumulation_steps
     run = of_main_process(describe_run, args, global_batch_size, model_key, base, pairs)
     if args.resume_from_checkpoint is not None:
-        changed = differences(read_state(args.resume_from_checkpoint)["config"], run)
+        before = read_state(args.resume_from_checkpoint)["config"]
+        changed = differences(before, run)
+        if before["optimizer"] != args.optimizer:
+            fail(
+                f"--optimizer has to be {before['optimizer']}, whose state {args.resume_from_checkpoint} holds, but is"
+                f" {args.optimizer}",
+                2,
+            )
         if changed and not args.allow_config_change:
             what = "\n  ".join(changed)
             fail(f"{args.resume_from_checkpoint} is of another run (--allow_config_change goes on):\n  {what}", 2)
@@ -960,7 +991,7 @@ def main(argv: list[str] | None = None) -> None:
     if main_process:
         prune_checkpoints(args.output, None)  # what a killed process has left
     hyperparameters = {name: str(value) for name, value in run.items()}
-    accelerator.init_trackers("rvedit", hyperparameters, {"tensorboard": {"purge_step": step}} if step else {})
+    accelerator.init_trackers("rvedit", hyperparameters, {"tensorboard": {"purge_step": step + 1}} if step else {})
     log = open_log(args.output / "log.jsonl", step) if main_process else None
     bar = tqdm(total=args.max_train_steps, initial=step, unit="step", disable=not main_process)
     meter = LossMeter(device, "flow" if is_edit else "connect")
@@ -1041,11 +1072,14 @@ def main(argv: list[str] | None = None) -> None:
             entry |= {"epoch": step / sampler.batches_per_epoch, "seconds_per_step": seconds}
             entry = {name: value for name, value in entry.items() if math.isfinite(value)}
         paused = time.monotonic()
+        is_saved = step % args.checkpointing_steps == 0 or step == args.max_train_steps
+        if is_saved:  # before the validation, which may fail
+            save(args.output / f"checkpoint-{step}")
         if args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps):
             try:
                 entry |= validate()
             except Exception:
-                if num_processes == 1:  # what has been learned does not end with it; of several, others may not fail
+                if num_processes == 1 and not is_saved:  # of several processes, others may not fail
                     save(args.output / f"checkpoint-{step}")
                 raise
         if entry:
@@ -1053,8 +1087,6 @@ def main(argv: list[str] | None = None) -> None:
             write_entry(step, entry)
             shown = ("flow", "align", "information_nats", "connect", "validation_flow", "nonfinite")
             bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
-            save(args.output / f"checkpoint-{step}")
         ticks = (ticks[0] + time.monotonic() - paused, ticks[1])
 
     # 5. The result is what the pipeline loads; the alignment heads stay behind

@@ -179,7 +179,9 @@ class RVEDiTTokenDistiller(ModelMixin, ConfigMixin):
         )  # (3, batch, seq)
         inputs_embeds = base_model.get_input_embeddings()(input_ids)  # (batch, seq, mllm_hidden_size)
         queries = self.queries.to(inputs_embeds).repeat(batch_size, 1)  # (batch * num_edit_tokens, mllm_hidden_size)
-        inputs_embeds = inputs_embeds.masked_scatter(edit_mask.unsqueeze(-1), queries)
+        # a split MLLM may embed on another device than it sees
+        slots = edit_mask.unsqueeze(-1).to(inputs_embeds.device)
+        inputs_embeds = inputs_embeds.masked_scatter(slots, queries)
 
         # 2. One pass
         last_layer = self.config.hidden_layer == -1

@@ -957,7 +957,7 @@ class RVEDiTPipeline(DiffusionPipeline, RVEDiTLoraLoaderMixin):
         if output_type == "pt":
             result = video.new_empty((num_clips, num_frames, 3, *size), dtype=torch.float32)
         else:
-            result = torch.empty((num_clips, num_frames, *size, 3), dtype=torch.float32)
+            result = torch.empty((num_clips, num_frames, *size, 3), dtype=torch.float32, device="cpu")
         at_once = FRAMES_AT_ONCE if rebuilt is None else TRANSFERRED_AT_ONCE
         for index, (row, edited) in enumerate(zip(result, video)):
             for start in range(0, num_frames, at_once):

@@ -250,13 +250,13 @@ class RVEDiTRotaryPosEmbed(WanRotaryPosEmbed):
         self,
         hidden_states: torch.Tensor,  # (batch, channels, num_frames, height, width)
         visual_positions: torch.Tensor | None = None,  # (batch, num_visual, 3)
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, ...]:  # cosines and sines of the grid, then those of the visual tokens, if there are any
         # 1. The latent grid. Wan repeats each value for both channels of a pair: keep one.
         freqs_cos, freqs_sin = super().forward(hidden_states)
         freqs_cos = freqs_cos[..., ::2].contiguous()  # (1, seq, 1, head_dim / 2)
         freqs_sin = freqs_sin[..., ::2].contiguous()
         if visual_positions is None:
-            return freqs_cos, freqs_sin, None, None
+            return freqs_cos, freqs_sin  # without `None`: the hook of context parallelism takes tensors alone
 
         # 2. Visual tokens: fractions of the clip to coordinates of the latent grid. A frame stands for an instant, so
         # the first and last frames are the ends of the time axis; a cell stands for its centre.
@@ -608,8 +608,8 @@ class RVEDiTTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheM
         self, hidden_states: torch.Tensor, visual_hidden_states: torch.Tensor | None, visual_positions: torch.Tensor
     ) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]:
         has_visual = visual_hidden_states is not None
-        cos, sin, visual_cos, visual_sin = self.rope(hidden_states, visual_positions if has_visual else None)
-        return (cos, sin), (visual_cos, visual_sin) if has_visual else None
+        cos, sin, *visual = self.rope(hidden_states, visual_positions if has_visual else None)
+        return (cos, sin), tuple(visual) if has_visual else None
 
     def _embed_source(
         self, hidden_states: torch.Tensor, source_hidden_states: torch.Tensor | None

@@ -1,7 +1,8 @@
 """
-One edit, and one pass with timesteps of tokens, by two processes: `parallel_worker.py PIPELINE INPUTS OUTPUT`.
+One edit, and passes with timesteps of tokens, by two processes: `parallel_worker.py PIPELINE INPUTS OUTPUT`.
 
-INPUTS holds the transformer's arguments. Rank `r` writes (edit, sample) to `OUTPUT/r.pt`.
+INPUTS holds the transformer's arguments. Rank `r` writes the edit, the sample and that without visual tokens to
+`OUTPUT/r.pt`.
 """
 
 import os
@@ -43,8 +44,10 @@ def run(rank: int, pipeline: str, inputs: str, output: str, port) -> None:
         generator=torch.Generator().manual_seed(0),
         output_type="latent",
     ).frames
-    (sample,) = pipe.transformer(**torch.load(inputs), return_dict=False)
-    torch.save((edit, sample), Path(output) / f"{rank}.pt")
+    inputs = torch.load(inputs)
+    (sample,) = pipe.transformer(**inputs, return_dict=False)
+    (without_visual,) = pipe.transformer(**inputs | {"visual_hidden_states": None}, return_dict=False)
+    torch.save((edit, sample, without_visual), Path(output) / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

@@ -613,7 +613,7 @@ def test_attention_backends_give_the_same_edit(folder, plain, backend):
 
 @pytest.fixture(scope="module")
 def two_ranks(folder, plain, tmp_path_factory):
-    """What the two ranks of tests/parallel_worker.py wrote, and the arguments of their one pass."""
+    """What the two ranks of tests/parallel_worker.py wrote, and the arguments of their passes."""
     output = tmp_path_factory.mktemp("ranks")
     torch.manual_seed(0)
     dim = 24
@@ -637,16 +637,17 @@ def two_ranks(folder, plain, tmp_path_factory):
 def test_context_parallel_edit_equals_that_of_one_process(two_ranks, plain):
     _, ranks = two_ranks
     expected = edit(plain, **THREE_PASSES)
-    for result, _ in ranks:
+    for result, *_ in ranks:
         assert_same(result, expected)
 
 
 @torch.no_grad()
-def test_context_parallel_timesteps_of_tokens_equal_plain(two_ranks, plain):
+@pytest.mark.parametrize("place, changes", [(1, {}), (2, {"visual_hidden_states": None})], ids=["all", "no visual"])
+def test_context_parallel_timesteps_of_tokens_equal_plain(two_ranks, plain, place, changes):
     inputs, ranks = two_ranks
-    expected = plain.transformer(**inputs).sample
-    for _, result in ranks:
-        assert_same(result, expected)
+    expected = plain.transformer(**inputs | changes).sample
+    for results in ranks:
+        assert_same(results[place], expected)
 
 
 # ---- LoRA, EMA ----

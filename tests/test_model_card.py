@@ -281,16 +281,32 @@ def test_the_mean_over_levels_is_a_row_and_no_result_of_the_hub(card):
 
 
 @pytest.mark.parametrize(
-    "kind, dtype, command",
+    "kind, pipeline, dtype, command",
     [
-        ("embedded", "float32", "make score SEED=7 NUM=3"),
-        ("embedded", "bfloat16", "examples/evaluate.py --seed 7 --num_samples 3 --dtype bfloat16"),
-        ("pipeline", "bfloat16", "examples/evaluate.py --seed 7 --num_samples 3 --dtype bfloat16"),
+        ("embedded", "TINY_CHECKPOINT", "float32", "make score SEED=7 NUM=3"),
+        (
+            "embedded",
+            "TINY_CHECKPOINT",
+            "bfloat16",
+            "examples/evaluate.py --seed 7 --num_samples 3 --dtype bfloat16 --output out/scores",
+        ),
+        (
+            "embedded",
+            '"tiny"',
+            "float32",
+            "examples/evaluate.py --model tiny --seed 7 --num_samples 3 --output out/scores",
+        ),
+        (
+            "pipeline",
+            '"me/blue"',
+            "bfloat16",
+            "examples/evaluate.py --model me/blue --seed 7 --num_samples 3 --dtype bfloat16 --output out/scores",
+        ),
     ],
 )
-def test_the_command_of_the_scores_computes_in_their_dtype(kind, dtype, command):
+def test_the_command_of_the_scores_takes_the_model_and_computes_in_their_dtype(kind, pipeline, dtype, command):
     scores = SCORES | {"settings": {"seed": 7, "dtype": dtype}}
-    assert f"(`{command}`)." in fill_model_card(kind, "a", APACHE, scores=scores)
+    assert f"(`{command}`)." in fill_model_card(kind, "a", APACHE, scores=scores, pipeline_argument=pipeline)
 
 
 def test_without_scores_none_are_claimed(card):

@@ -21,7 +21,7 @@ from rvedit_diffusers.synthetic import (
     referring_expressions,
     render,
 )
-from rvedit_diffusers.synthetic.scenes import coverage
+from rvedit_diffusers.synthetic.scenes import COLOURS, SHAPES, coverage
 
 
 EDITS = SyntheticEdits(11, num_frames=5)
@@ -182,18 +182,34 @@ def test_truth_passes_and_wrong_edits_fail(index):
 def test_editing_every_object_at_once_fails(index):
     edit = EDITS[index]
     everything, others = edit.target_frames.copy(), False
-    for wrong in edit.wrong_candidates().values():
+    for wrong in [scene for label, scene in edit.wrong_candidates().items() if label.startswith("wrong object")]:
         changed = (np.abs(render(wrong).astype(int) - edit.source_frames).max(-1) > 2) & ~edit.mask
         everything[changed] = render(wrong)[changed]
         others |= changed.any()
     assert others and judge(everything, edit).startswith("wrong object")
 
 
-@pytest.mark.parametrize("right, verdict", [(5, "success"), (4, "success"), (3, "no edit"), (0, "no edit")])
-def test_four_frames_of_five_have_to_be_right(right, verdict):
+@pytest.mark.parametrize("operation", ["recolour", "replace", "outline", "grade"])
+def test_another_value_than_the_one_asked_for_is_wrong(operation):
+    edit = SyntheticEdits(5, num_frames=5, operations=(operation,))[0]
+    wrong = {label for label in edit.wrong_candidates() if label.startswith("wrong value: ")}
+    words = {"recolour": COLOURS, "outline": COLOURS, "grade": GRADES}.get(operation)
+    if words is None:
+        colour, shape = edit.value
+        expected = {f"{c} {shape}" for c in COLOURS if c != colour} | {f"{colour} {s}" for s in SHAPES if s != shape}
+        thing = edit.scene.objects[edit.target]
+        expected -= {f"{thing.colour} {thing.shape}"}
+    else:
+        own = {edit.scene.objects[edit.target].colour} if operation == "recolour" else set()
+        expected = set(words) - set(edit.value) - own
+    assert wrong == {f"wrong value: {value}" for value in expected}
+
+
+@pytest.mark.parametrize("right, is_success", [(5, True), (4, True), (3, False), (0, False)])
+def test_four_frames_of_five_have_to_be_right(right, is_success):
     edit = SyntheticEdits(5, num_frames=5, operations=("recolour",))[0]
     frames = np.concatenate([edit.target_frames[:right], edit.source_frames[right:]])
-    assert judge(frames, edit) == verdict
+    assert (judge(frames, edit) == "success") is is_success
 
 
 def test_the_moving_object_moves_and_no_other_does():

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from components import build_pipeline, build_transformer, make_clip
 from diffusers import AutoencoderKLWan
@@ -90,7 +91,9 @@ def restored_globals():
 
 
 def arguments(model, cache, output, *options):
-    values = {"model": model, "cache_dir": cache, "output": output, "num_pairs": 16, "train_batch_size": 4}
+    values = {"model": model, "cache_dir": cache, "output": output, "train_batch_size": 4}
+    if not any(option.startswith("--train_data=") for option in options):
+        values["num_pairs"] = 16
     values |= {"buckets": BUCKET, "learning_rate": 1e-2, "lr_warmup_steps": 1}
     if "--stage=connect" not in options:
         values["align_warmup_steps"] = 1
@@ -274,6 +277,7 @@ def test_the_result_is_the_moving_average(model, cache, tmp_path):
         ((), ("--num_pairs=12",), "pairs: 16 -> 12"),
         ((), ("--train_batch_size=2",), "batch size of all processes: 4 -> 2"),
         (("--lora_rank=3",), (), "lora_rank: 3 -> 2"),
+        ((), ("--optimizer=muon", "--allow_config_change"), "--optimizer has to be adamw, whose state"),
     ],
 )
 def test_another_run_is_not_gone_on_with(model, cache, tmp_path, capsys, before, after, message):
@@ -501,6 +505,30 @@ def test_optimizers_that_do_not_go_with_a_strategy_are_refused(model, cache, tmp
     assert found is None if says is None else found.startswith(says)
 
 
+@pytest.mark.parametrize("option", ["--layerwise_casting", "--distill_steps=2"])
+def test_what_runs_the_model_outside_of_deepspeed_is_refused_there(model, cache, tmp_path, option):
+    args = train.parse_args(arguments(model, cache, tmp_path, *LORA, "--gradient_checkpointing", option))
+    accelerator = SimpleNamespace(distributed_type=train.DistributedType.DEEPSPEED, num_processes=2)
+    assert "run the model outside of DeepSpeed" in train.unsupported(args, accelerator)
+
+
+def test_a_tracker_keeps_all_of_the_checkpointed_step(model, cache, tmp_path, monkeypatch):
+    given, options = [], ("--max_train_steps=2", *QUIET, *LORA)
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda *arguments: given.append(arguments[-1]))
+    run(model, cache, tmp_path, *options)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run(
+        model,
+        cache,
+        tmp_path,
+        *options,
+        "--max_train_steps=3",
+        "--resume_from_checkpoint=latest",
+        "--allow_config_change",
+    )
+    assert given == [{}, {"tensorboard": {"purge_step": 3}}]
+
+
 def test_a_run_goes_on_with_the_learning_rate_it_is_given(model, cache, tmp_path):
     options = ("--lr_scheduler=cosine", "--lr_warmup_steps=0", *QUIET, *LORA)
     rates = [entry["lr"] for entry in run(model, cache, tmp_path, *options, "--max_train_steps=3")]
@@ -528,6 +556,17 @@ def test_what_was_learned_outlives_a_validation_that_fails(model, cache, tmp_pat
     with pytest.raises(torch.OutOfMemoryError):
         run(model, cache, tmp_path, "--max_train_steps=3", "--validation_steps=2", "--num_validation_pairs=1", *LORA)
     assert [path.name for path in train.checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_a_checkpoint_is_written_before_the_validation_of_its_step(model, cache, tmp_path, monkeypatch):
+    def fail(*arguments):
+        assert (tmp_path / "checkpoint-2").is_dir()
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(train, "held_out_loss", fail)
+    options = ("--max_train_steps=3", "--validation_steps=2", "--checkpointing_steps=2", "--num_validation_pairs=1")
+    with pytest.raises(torch.OutOfMemoryError):
+        run(model, cache, tmp_path, *options, *LORA)
 
 
 def test_training_lowers_the_loss(model, cache, tmp_path):
@@ -944,7 +983,7 @@ def test_as_many_scenes_validate_as_are_asked_for(model, table, tmp_path, capsys
     train.main(arguments(model, tmp_path / "cache", tmp_path / "out", "--num_validation_pairs=16", "--dry_run"))
     assert "16 pairs to train on, 16 to validate on" in capsys.readouterr().out  # scenes are drawn anew
     args = train.parse_args(
-        arguments(model, tmp_path, tmp_path, f"--train_data={table}", "--validation_data=synthetic", "--num_pairs=900")
+        arguments(model, tmp_path, tmp_path, f"--train_data={table}", "--validation_data=synthetic")
     )
     assert len(train.load_pairs(args, "validation_data", SimpleNamespace(default_fps=8.0), (4, 16))) == 2
 
@@ -1016,7 +1055,20 @@ def test_options_of_the_command_line_go_before_those_of_the_file(model, tmp_path
         ),
         ('{"stage": "connect", "lora_rank": 8, "align_loss": "cosine"}', "--lora_rank, --align_loss"),
         ('{"stage": "connect", "training_type": "full"}', "--training_type"),
-        ('{"stage": "connect", "columns": "kiwi-edit"}', "--columns kiwi-edit"),
+        (
+            '{"stage": "connect", "columns": "kiwi-edit", "train_data": "clips.csv", "buckets": "5x32x32"}',
+            "--columns kiwi-edit",
+        ),
+        ('{"train_data": "pairs.csv", "num_pairs": 4}', "--num_pairs is for --train_data synthetic"),
+        ('{"train_data": "pairs.csv", "operations": ["remove"]}', "--operations is for --train_data synthetic"),
+        ('{"train_data": "pairs.csv", "edits_per_scene": 2}', "--edits_per_scene is for --train_data synthetic"),
+        (
+            '{"train_data": "pairs.csv", "validation_data": "synthetic", "num_pairs": 4}',
+            "--num_pairs is for --train_data synthetic",
+        ),
+        ('{"strict": true}', "--strict is for tables of pairs"),
+        ('{"columns": "ditto"}', "--columns is for tables of pairs"),
+        ('{"source_column": "clip"}', "--source_column is for tables of pairs"),
         ('{"stage": "connect", "levels": ["L1"]}', "--levels"),
         ('{"levels": ["L1"], "operations": ["remove"]}', "--operations"),
         (
@@ -1040,6 +1092,22 @@ def test_wrong_options_end_before_anything_is_encoded(model, tmp_path, capsys, v
         train.main([f"--model={model}", f"--output={tmp_path / 'out'}", f"--config={config}"])
     said = capsys.readouterr().err.rpartition("error:")[2]  # behind the usage, which names every option
     assert error.value.code == 2 and word in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, given",
+    [("source_channels", None, ()), ("source_channels", 4, ()), ("in_channels", 4, ()), ("in_channels", 4, CONNECT)],
+)
+def test_a_transformer_that_does_not_read_the_latents_is_refused(model, cache, tmp_path, capsys, name, value, given):
+    base = tmp_path / "base"
+    shutil.copytree(model, base)
+    config = base / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {name: value}))
+    with pytest.raises(SystemExit) as error:
+        run(base, cache, tmp_path / "out", *QUIET, *given)
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and f"`transformer` has to have the {name} 16" in said and f"but has {value}" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -104,6 +104,16 @@ def test_a_checkpoint_without_average_has_none_to_go_on_with(tmp_path):
         load_checkpoint(tmp_path / "checkpoint-2", modules, heads, optimizer, EMAModel(parameters), parameters)
 
 
+def test_the_state_of_deepspeed_is_for_deepspeed_alone(tmp_path):
+    modules, heads, optimizer = build()
+    save_checkpoint(tmp_path / "checkpoint-2", modules, heads, optimizer, {})
+    with pytest.raises(ValueError, match="in another format"):
+        load_checkpoint(tmp_path / "checkpoint-2", modules, heads, optimizer, engine=object())
+    (tmp_path / "checkpoint-2" / "deepspeed").mkdir()
+    with pytest.raises(ValueError, match="in DeepSpeed's format"):
+        load_checkpoint(tmp_path / "checkpoint-2", modules, heads, optimizer)
+
+
 def test_averages_are_there_inside_the_context_alone():
     weight = nn.Parameter(torch.zeros(2))
     ema = EMAModel([weight], 0.5)

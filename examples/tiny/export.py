@@ -55,8 +55,13 @@ def listed(answers: dict[str, float]) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {v:.2f}" for k, v in answers.items() if k not in ("step", "seconds"))
 
 
-def model_card(folder: Path) -> str:
-    """The card of the checkpoint in a folder: of its weights and of what its `training` folder holds."""
+def model_card(folder: Path, name: str | None = None) -> str:
+    """The card of the checkpoint in a folder: of its weights and of what its `training` folder holds.
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+        name (`str`, *optional*): What to load it by; by default it is the embedded one.
+    """
     training = folder / "training"
     summary = json.loads((training / "summary.json").read_text())
     vae, mllm, text = (last(training / f"{name}.jsonl") for name in ("vae", "mllm", "text"))
@@ -75,7 +80,7 @@ def model_card(folder: Path) -> str:
         "RVEDiT tiny",
         APACHE,
         scores=json.loads((training / "scores.json").read_text()),
-        pipeline_argument="TINY_CHECKPOINT",
+        pipeline_argument=json.dumps(name) if name else "TINY_CHECKPOINT",
         parameters=f"{sum(sizes.values()):.1f}",
         parts=markdown_table(
             ["part", "parameters", "how it was trained", "steps", "minutes"],
@@ -121,10 +126,11 @@ def main() -> None:
     shutil.copy(args.scores, temporary / "training" / "scores.json")
     summary = {"editor": {"step": entries[-1]["step"], "minutes": round(minutes(entries))}, "note": args.note}
     (temporary / "training" / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    card = model_card(temporary)
+    is_embedded = args.output.resolve() == Path(TINY_CHECKPOINT).resolve()
+    card = model_card(temporary, None if is_embedded else args.output.name)
     (temporary / "README.md").write_text(card)
     replace_folder(temporary, args.output)
-    if args.output.resolve() == Path(TINY_CHECKPOINT).resolve():
+    if is_embedded:
         (Path(__file__).parents[2] / "MODEL_CARD.md").write_text(card)
     size = sum(path.stat().st_size for path in args.output.rglob("*.safetensors")) / 1e6
     print(f"{args.output}: {size:.1f} MB of safetensors")

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
@@ -67,16 +68,27 @@ class Edit:
     def wrong_candidates(self) -> dict[str, Scene]:
         """The scenes that a wrong edit would give, by failure label.
 
-        The same operation on each other object (`wrong object`), or each other grade (`wrong value`).
+        The same operation on each other object (`wrong object`), or with a value that differs in one respect from what
+        was asked for: another grade, colour or shape (`wrong value`).
         """
-        if self.operation == "grade":
-            return {
-                f"wrong value: {grade}": replace(self.scene, grade=grade)
-                for grade in GRADES
-                if grade not in self.value
-            }
+        values: dict[str, tuple[tuple[str, ...], ...]] = {
+            "recolour": tuple(product(COLOURS)),
+            "replace": tuple(product(COLOURS, SHAPES)),
+            "outline": tuple(product(COLOURS)),
+            "grade": tuple(product(GRADES)),
+        }
+        found = {
+            f"wrong value: {' '.join(value)}": apply(self.scene, self.operation, self.target, value)
+            for value in values.get(self.operation, ())
+            if sum(one != other for one, other in zip(value, self.value, strict=True)) == 1
+        }
+        found = {label: scene for label, scene in found.items() if scene != self.scene}  # which is no edit
+        if self.target is None:
+            return found
         others = [index for index in range(len(self.scene.objects)) if index != self.target]
-        return {f"wrong object: {index}": apply(self.scene, self.operation, index, self.value) for index in others}
+        return found | {
+            f"wrong object: {index}": apply(self.scene, self.operation, index, self.value) for index in others
+        }
 
 
 def apply(scene: Scene, operation: str, target: int | None, value: tuple[str, ...]) -> Scene:

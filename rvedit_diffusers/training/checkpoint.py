@@ -277,10 +277,13 @@ def load_checkpoint(
 
     Raises:
         ValueError: Other parameters learn than those that were saved, or of other shapes, or there is no average in
-            the checkpoint.
+            the checkpoint; or the optimizer's state is DeepSpeed's, and `engine` is missing, or the other way round.
     """
     folder = Path(folder)
     state = read_state(folder)
+    if (folder / "deepspeed").is_dir() != (engine is not None):
+        whose = "another" if engine is not None else "DeepSpeed's"
+        raise ValueError(f"{folder} holds the optimizer's state in {whose} format, which DeepSpeed does not share")
     if ema is not None:
         if "ema_steps" not in state:
             raise ValueError(f"{folder} holds no moving average of the weights")
