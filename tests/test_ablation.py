@@ -24,6 +24,7 @@ import evaluate  # noqa: E402
 import train  # noqa: E402
 
 from rvedit_diffusers import TINY_CHECKPOINT, RVEDiTPipeline, RVEDiTTransformer3DModel  # noqa: E402
+from rvedit_diffusers.evaluation import ablation_grid  # noqa: E402
 from rvedit_diffusers.evaluation.ablation import (  # noqa: E402
     Ablation,
     Estimate,
@@ -300,6 +301,14 @@ def test_the_file_beside_the_report_stands_for_the_runs(grid, finished, tmp_path
     with pytest.raises(SystemExit):
         run(grid, output, "--report", page)
     assert "does not hold the runs of an ablation" in capsys.readouterr().err
+
+
+def test_runs_of_other_items_are_not_compared(grid, finished, tmp_path, monkeypatch, capsys):
+    page = Path(shutil.copy(finished[0] / "ablation.json", tmp_path)).with_suffix(".md")
+    monkeypatch.setattr(ablation_grid, "DRAWN", ablation_grid.DRAWN + 1)
+    with pytest.raises(SystemExit):
+        run(grid, tmp_path / "grid", "--report", page)
+    assert f"drawn: {ablation_grid.DRAWN - 1} -> {ablation_grid.DRAWN}" in capsys.readouterr().err
 
 
 def test_runs_of_rows_that_the_config_lacks_stay_in_the_file(grid, finished, tmp_path):

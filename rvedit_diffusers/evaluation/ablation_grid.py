@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ..distiller_rvedit import RVEDiTTokenDistiller
+from ..synthetic.levels import DRAWN
 from ..training.checkpoint import differences, read_log
 from ..training.variants import match_parameters, num_parameters
 from ..transformer_rvedit import RVEDiTTransformer3DModel
@@ -251,6 +252,7 @@ def plan_runs(grid: dict, output: Path, seeds: Sequence[int], others: Sequence[i
                 "evaluate": grid["evaluate"],
                 "start": grid.get("start"),
                 "version": version("rvedit_diffusers"),
+                "drawn": DRAWN,
                 **hashes,
             },
         )
