@@ -104,6 +104,15 @@ def test_figures_of_the_ablation_are_those_of_its_runs():
         mean, low, high = (f"{100 * value:.1f}" for value in ablation.difference(row, "uniform", SUCCESS, MEAN_LEVELS))
         assert f" {100 * share:.1f} % ({mean} points, from {low} to {high}" in text
     assert f" {100 * ablation.figure('uniform', SUCCESS, MEAN_LEVELS).mean:.1f} % of the items of L2 to L6" in text
+    without, one_block, all_blocks, aligned = (
+        f"{100 * ablation.figure(row, SUCCESS, MEAN_LEVELS).mean:.1f} %"
+        for row in ("native-only", "split-1", "edit-only", "uniform-source")
+    )
+    assert f"without editing tokens {without}: no difference" in text
+    assert f"from {one_block} with one to {all_blocks} with all six" in text
+    assert f"and the other {aligned}." in text
+    parameters = ablation.runs["uniform"][0].facts["parameters"] / 1e6
+    assert f"a transformer of {parameters:.1f} M parameters all of whose blocks read all tokens" in text
     nats = ablation.figure("routed-source", "information_nats").mean
     ceiling = math.log(ablation.runs["routed-source"][0].settings["train"]["align_tokens"])
     assert f"({nats:.2f} nats of at most {ceiling:.2f})" in text
