@@ -1,6 +1,6 @@
 """Put the results of the benchmarks together in one page.
 
-    python benchmarks/report.py runs/benchmarks/*.json --output docs/performance.md
+    python benchmarks/report.py docs/benchmarks/*.json --output docs/performance.md
 
 Each JSON file that a benchmark has written gives a section: its command, its machine and its tables; those of
 `growth.py` and `quality.py` give a picture beside the page as well.
@@ -39,6 +39,15 @@ Results of the scripts in `benchmarks/`, put together by
 Models have random weights, but where quality is measured. What a table compares took turns in one process; seconds are
 medians with least and most, ratios those of times of one turn. On a CPU, seconds are the process' own, summed over its
 threads. Sections are of different runs: their seconds are not to be compared."""
+
+NOTES = {
+    "training.py": (
+        "Of the steps, `plain` is flow matching alone; `align` has the reference branch, without a gradient, to the"
+        " last aligned\nblock; `naive` has two whole branches with gradients. Encoders do not run: tokens come from"
+        " the cache. Memory is of the\ntransformer and what learns with it, where nothing was run on a GPU as"
+        " `rvedit_diffusers/training/memory.py` estimates it;\nan MLLM that runs in every step comes on top."
+    )
+}  # under the first title of a script
 
 
 def describe(path: Path) -> tuple[str, dict]:
@@ -107,10 +116,20 @@ PICTURES = {
 }
 
 
+def title(script: str, settings: dict) -> str:
+    """What was run, on which preset or model, and how, where sections differ in it."""
+    preset = settings["preset"]
+    words = [script.removesuffix(".py").capitalize(), preset["name"] if isinstance(preset, dict) else preset]
+    if script == "training.py":
+        words.append({"lora": "LoRA", "full": "full"}[settings["training_type"]])
+        words += ["gradient checkpointing"] * settings["gradient_checkpointing"]
+    elif script == "inference.py":
+        words.append(settings["dtype"].removeprefix("torch."))
+    return ", ".join(words)
+
+
 def section(script: str, result: dict, picture: Path) -> list[str]:
-    preset = result["settings"]["preset"]
-    name = preset["name"] if isinstance(preset, dict) else preset
-    parts = [f"## {script.removesuffix('.py').capitalize()}, {name}", f"```bash\n{result['command']}\n```"]
+    parts = [f"## {title(script, result['settings'])}", f"```bash\n{result['command']}\n```"]
     if "device" in result:
         threads = f", {result['threads']} threads" if "CPU" in result["device"] else ""
         parts.append(f"{result['device']}{threads}; {result['cpu']}; torch {result['torch']}.")
@@ -142,8 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     command = shlex.join(["python", "benchmarks/report.py", *map(str, args.results), "--output", str(args.output)])
     is_quality = all(script == "quality.py" for script, *_ in found)
     parts = [HEAD.format(title="Speed against success" if is_quality else "Speed and memory", command=command)]
+    notes = dict(NOTES)
     for script, result, name in sorted(found, key=lambda each: SCRIPTS.index(each[0])):
-        parts += section(script, result, args.output.with_name(f"{args.output.stem}_{name}.png"))
+        heading, *rest = section(script, result, args.output.with_name(f"{args.output.stem}_{name}.png"))
+        parts += [heading, *([notes.pop(script)] if script in notes else []), *rest]
     partial = args.output.with_name(f".{args.output.name}.partial")
     partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     partial.replace(args.output)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,15 @@ from costs import transformer_flops  # noqa: E402
 
 
 TINY = models.PRESETS["tiny"]
+
+
+# README's names of the settings of memory.py, without `pipe.` and what the call is given
+README_SETTINGS = {
+    "all on the GPU": "all on the device",
+    "`enable_model_cpu_offload()`": "model offload",
+    "the same, `vae.enable_tiling()`, weights in fp8": "model offload, tiled VAE, weights in fp8",
+    "`enable_group_offload()`, tiled VAE": "group offload, tiled VAE",
+}
 
 
 @pytest.fixture(scope="module")
@@ -299,3 +309,51 @@ def test_the_page_has_all_tables_and_their_commands(results, tmp_path):
         assert found["command"].startswith(f"python benchmarks/{name}.py --preset tiny")
     assert "![Cost over frames, area and batch](performance_growth.png)" in text
     assert {path.name for path in page.parent.iterdir()} == {"performance.md", "performance_growth.png"}
+
+
+@pytest.mark.parametrize("page", ["quality.md"])
+def test_a_page_of_the_documentation_is_made_of_the_results_beside_it(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs" / page).read_text()
+    command = re.search(r"^python benchmarks/report.py (.*) --output (\S+)$", text, re.MULTILINE)
+    assert command[2] == f"docs/{page}"
+    paths = command[1].split()
+    assert all(Path(path).parent == Path("docs/benchmarks") for path in paths)
+    report.main([*paths, "--output", str(tmp_path / page)])
+    assert (tmp_path / page).read_text().replace(str(tmp_path), "docs") == text
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {path.name for path in (ROOT / "docs").glob(f"{Path(page).stem}_*.png")}
+
+
+def test_figures_of_the_readme_are_those_of_the_results():
+    def read_result(name):
+        return json.loads((ROOT / "docs" / "benchmarks" / f"{name}.json").read_text())
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    sizes = read_result("memory-wan-1.3b")["bytes"]
+    table = re.sub(r"pipe\.(\w+)\([^)]*\)", r"\1()", text.replace("pipe.vae", "vae"))
+    for words, name in README_SETTINGS.items():
+        assert f"| {words} | {sizes[name]['peak'] / 2**30:.1f} | {sizes[name]['moved'] / 2**30:.0f} |" in table
+    lora, full = (
+        f"{read_result(f'training-wan-1.3b-{kind}-checkpointing')['memory_bytes']['align'] / 2**30:.1f} GiB"
+        for kind in ("lora", "full")
+    )
+    assert f"{lora} of GPU memory for a LoRA of rank 32, {full} for full training" in text
+    quality = read_result("quality-tiny")
+    num_items = len(quality["settings"]["levels"]) * quality["settings"]["num_samples"]
+    share, count = (
+        {name: write(values) for name, values in quality["quality"].items()}
+        for write in (
+            lambda values: f"{values['time_ratio']:.2f}",
+            lambda values: f"{num_items * values['union_success']:.0f}",
+        )
+    )
+    fewer, cached, unguided, lora = "4 steps", "MagCache, 0.3", "no LoRA, 4 steps, no guidance", "LoRA, 4 steps"
+    assert f"| {share[fewer]} of the time of the embedded checkpoint's 12 steps" in text
+    assert (
+        f"with {count[fewer]} successes of {num_items} items of L1 and L2, as with these" in text
+        and count[fewer] == count["full"]
+    )
+    assert f"MagCache at 0.3: {share[cached]} of the time, {count[cached]}." in text
+    assert f"| {share[unguided]} of the time, {count[unguided]} of {num_items} |" in text
+    assert f"they take {share[lora]} of the time and succeed in {count[lora]} of {num_items}" in text
