@@ -402,7 +402,7 @@ def test_visual_rope_on_the_grid_is_the_rope_of_the_latents(grid):
 
 def test_latent_rope_equals_wan():
     latents = torch.empty(1, 4, 3, 8, 12)
-    cos, sin, _, _ = RVEDiTRotaryPosEmbed(HEAD_DIM, (1, 2, 2), 32)(latents)
+    cos, sin = RVEDiTRotaryPosEmbed(HEAD_DIM, (1, 2, 2), 32)(latents)
     wan_cos, wan_sin = WanRotaryPosEmbed(HEAD_DIM, (1, 2, 2), 32)(latents)
     assert torch.equal(full_rope(cos), wan_cos)
     assert torch.equal(full_rope(sin), wan_sin)
