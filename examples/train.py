@@ -1072,14 +1072,11 @@ def main(argv: list[str] | None = None) -> None:
             entry |= {"epoch": step / sampler.batches_per_epoch, "seconds_per_step": seconds}
             entry = {name: value for name, value in entry.items() if math.isfinite(value)}
         paused = time.monotonic()
-        is_saved = step % args.checkpointing_steps == 0 or step == args.max_train_steps
-        if is_saved:  # before the validation, which may fail
-            save(args.output / f"checkpoint-{step}")
         if args.validation_steps and (step % args.validation_steps == 0 or step == args.max_train_steps):
             try:
                 entry |= validate()
             except Exception:
-                if num_processes == 1 and not is_saved:  # of several processes, others may not fail
+                if num_processes == 1:  # what has been learned does not end with it; of several, others may not fail
                     save(args.output / f"checkpoint-{step}")
                 raise
         if entry:
@@ -1087,6 +1084,8 @@ def main(argv: list[str] | None = None) -> None:
             write_entry(step, entry)
             shown = ("flow", "align", "information_nats", "connect", "validation_flow", "nonfinite")
             bar.set_postfix({name: f"{last[name]:.4g}" for name in shown if last.get(name)})
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save(args.output / f"checkpoint-{step}")
         ticks = (ticks[0] + time.monotonic() - paused, ticks[1])
 
     # 5. The result is what the pipeline loads; the alignment heads stay behind
